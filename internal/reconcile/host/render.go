@@ -1,0 +1,242 @@
+package host
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"io/fs"
+	"slices"
+	"sort"
+	"strconv"
+	"strings"
+	"text/template"
+
+	"github.com/nomad-site/site/internal/secret"
+	"github.com/nomad-site/site/internal/site"
+)
+
+// Where things lie on a host.
+const (
+	SiteHostPath    = "/opt/site/bin/site-host"
+	NomadPath       = "/opt/site/bin/nomad"
+	DriverPath      = "/opt/site/nomad/plugins/nomad-driver-podman"
+	AppliedPath     = "/etc/site/host.json"
+	InitPath        = "/etc/site/init.age"
+	StorePath       = "/var/lib/site/store"
+	ReleasesPath    = "/var/lib/site/releases"
+	LockPath        = "/var/lib/site/lock.json"
+	GossipPath      = "/etc/nomad.d/gossip.hcl"
+	CACertPath      = "/etc/nomad.d/tls/ca.crt"
+	AgentCertPath   = "/etc/nomad.d/tls/agent.crt"
+	AgentKeyPath    = "/etc/nomad.d/tls/agent.key"
+	nomadConfigPath = "/etc/nomad.d/nomad.hcl"
+)
+
+// Input is all that a host's document is made of.
+type Input struct {
+	Site *site.Site
+	Host site.Host
+	// Address is what agents of this host advertise; ServerAddresses are those of all servers.
+	Address         string
+	ServerAddresses []string
+	Packages        []Package
+	// Digests are plain hex sha256 of the executables that run on the host.
+	SiteHostSHA256, NomadSHA256, DriverSHA256 string
+	// Applied is what was applied last, nil on a bare host.
+	Applied *Document
+	// Credentials are the files made from the site's init material; nil when
+	// the site root token was not given. Then what was applied stays.
+	Credentials *Credentials
+	// Templates holds agent/ and units/ of the bootstrap folder.
+	Templates fs.FS
+}
+
+// Credentials are the secret files of one host.
+type Credentials struct {
+	GossipKey    secret.Value
+	CACertPEM    string
+	AgentCertPEM string
+	AgentKeyPEM  secret.Value
+}
+
+// NeedsCredentialsError says that a host's secret files can only be written
+// with the site root token.
+type NeedsCredentialsError struct{ Host, Path string }
+
+func (e *NeedsCredentialsError) Error() string {
+	return fmt.Sprintf("host %s: %s can only be written with the site root token", e.Host, e.Path)
+}
+
+// Hint implements plan.Hinter.
+func (e *NeedsCredentialsError) Hint() string {
+	return "run `site bootstrap-deploy --root-token-file=FILE`"
+}
+
+// Render makes the document of one host. It is pure: the same input gives the
+// same document. The content of secret files is in the result; see Public.
+func Render(in Input) (Document, error) {
+	values := map[string]any{
+		"Host": in.Host.Name, "Region": in.Site.Region, "Datacenter": in.Site.Datacenter,
+		"Address": in.Address, "ServerAddresses": in.ServerAddresses, "Servers": len(in.ServerAddresses),
+		"Server": in.Host.Server, "Client": in.Host.Client,
+		"FingerprintDenylist": strings.Join(in.Site.FingerprintDenylist, ","),
+	}
+	document := Document{Version: DocumentVersion, Packages: slices.Clone(in.Packages)}
+	sort.Slice(document.Packages, func(i, j int) bool { return document.Packages[i].Name < document.Packages[j].Name })
+
+	directories := []Directory{
+		{Path: "/etc/site", Owner: "root", Group: "root", Mode: "0700"},
+		{Path: "/etc/nomad.d", Owner: "root", Group: "root", Mode: "0700"},
+		{Path: "/etc/nomad.d/tls", Owner: "root", Group: "root", Mode: "0700"},
+		{Path: "/opt/site/bin", Owner: "root", Group: "root", Mode: "0755"},
+		{Path: "/opt/site/nomad/plugins", Owner: "root", Group: "root", Mode: "0755"},
+		{Path: "/var/lib/nomad", Owner: "root", Group: "root", Mode: "0700"},
+		{Path: "/var/lib/site", Owner: "root", Group: "root", Mode: "0755"},
+		{Path: ReleasesPath, Owner: "root", Group: "root", Mode: "0700"},
+	}
+	for _, component := range in.Site.Components {
+		for _, directory := range component.Directories {
+			directories = append(directories, Directory{Path: directory.Path, Owner: directory.Owner, Group: directory.Group, Mode: directory.Mode})
+		}
+	}
+	document.Directories = directories
+
+	for _, file := range []struct{ path, template, mode string }{
+		{"/etc/containers/registries.conf.d/10-site.conf", "agent/registries.conf", "0644"},
+		{nomadConfigPath, "agent/nomad.hcl.tmpl", "0600"},
+		{"/etc/systemd/system/site-host.service", "units/site-host.service", "0644"},
+		{"/etc/systemd/system/nomad.service", "units/nomad.service", "0644"},
+	} {
+		content, err := render(in.Templates, file.template, values)
+		if err != nil {
+			return Document{}, err
+		}
+		document.Files = append(document.Files, newFile(file.path, file.mode, content))
+	}
+	document.Files = append(document.Files, newFile("/etc/tmpfiles.d/site.conf", "0644", tmpfiles(directories)))
+
+	secrets, err := secretFiles(in, values)
+	if err != nil {
+		return Document{}, err
+	}
+	document.Files = append(document.Files, secrets...)
+
+	document.Binaries = []Binary{
+		{Path: NomadPath, SHA256: in.NomadSHA256, Mode: "0755"},
+		{Path: DriverPath, SHA256: in.DriverSHA256, Mode: "0755"},
+	}
+	nomadFiles := []string{
+		nomadConfigPath, GossipPath, CACertPath, AgentCertPath, AgentKeyPath,
+		"/etc/systemd/system/nomad.service", NomadPath, DriverPath,
+	}
+	document.Units = []Unit{
+		{Name: "podman.socket"},
+		{Name: "site-host.service", RestartOn: []string{SiteHostPath, "/etc/systemd/system/site-host.service"}},
+		{Name: "nomad.service", RestartOn: nomadFiles},
+	}
+	return document, nil
+}
+
+// secretFiles come from the credentials or, without them, stay what they are.
+func secretFiles(in Input, values map[string]any) ([]File, error) {
+	paths := []string{GossipPath, CACertPath, AgentCertPath, AgentKeyPath}
+	if in.Credentials == nil {
+		var files []File
+		for _, path := range paths {
+			applied := in.Applied.file(path)
+			if applied == nil {
+				return nil, &NeedsCredentialsError{Host: in.Host.Name, Path: path}
+			}
+			applied.Content = ""
+			files = append(files, *applied)
+		}
+		return files, nil
+	}
+	values["GossipKey"] = in.Credentials.GossipKey.Reveal()
+	gossip, err := render(in.Templates, "agent/gossip.hcl.tmpl", values)
+	if err != nil {
+		return nil, err
+	}
+	if !in.Host.Server {
+		// A client has no serf member; the file stays so that the list of files is one for all.
+		gossip = "# Written by site. Only servers gossip.\n"
+	}
+	contents := []string{gossip, in.Credentials.CACertPEM, in.Credentials.AgentCertPEM, in.Credentials.AgentKeyPEM.Reveal()}
+	var files []File
+	for i, path := range paths {
+		file := newFile(path, "0600", contents[i])
+		file.Secret = true
+		files = append(files, file)
+	}
+	return files, nil
+}
+
+// CredentialPaths are the files that only the site root token can write.
+func CredentialPaths() []string { return []string{GossipPath, CACertPath, AgentCertPath, AgentKeyPath} }
+
+// Public is the document without any content: what observe needs, and what may
+// be kept on the host or shown.
+func (d Document) Public() Document {
+	d.Files = slices.Clone(d.Files)
+	for i := range d.Files {
+		d.Files[i].Content = ""
+	}
+	return d
+}
+
+// file gives a copy of the file at path, nil when there is none or no document.
+func (d *Document) file(path string) *File {
+	if d == nil {
+		return nil
+	}
+	for _, file := range d.Files {
+		if file.Path == path {
+			return &file
+		}
+	}
+	return nil
+}
+
+// FileSHA256 is the digest of the file that the document has at path, or empty.
+func (d *Document) FileSHA256(path string) string {
+	if file := d.file(path); file != nil {
+		return file.SHA256
+	}
+	return ""
+}
+
+func newFile(path, mode, content string) File {
+	sum := sha256.Sum256([]byte(content))
+	return File{Path: path, Owner: "root", Group: "root", Mode: mode, SHA256: hex.EncodeToString(sum[:]), Content: content}
+}
+
+func render(templates fs.FS, name string, values map[string]any) (string, error) {
+	content, err := fs.ReadFile(templates, name)
+	if err != nil {
+		return "", fmt.Errorf("host template: %w", err)
+	}
+	if !strings.HasSuffix(name, ".tmpl") {
+		return string(content), nil
+	}
+	parsed, err := template.New(name).Option("missingkey=error").Parse(string(content))
+	if err != nil {
+		return "", fmt.Errorf("host template %s: %w", name, err)
+	}
+	var out bytes.Buffer
+	if err := parsed.Execute(&out, values); err != nil {
+		return "", fmt.Errorf("host template %s: %w", name, err)
+	}
+	return out.String(), nil
+}
+
+// tmpfiles lists the folders for systemd-tmpfiles, which makes them again at
+// boot where they lie on a tmpfs (tmpfiles.d(5)).
+func tmpfiles(directories []Directory) string {
+	var out strings.Builder
+	out.WriteString("# Written by site: folders that jobs and agents need.\n")
+	for _, d := range directories {
+		fmt.Fprintf(&out, "d %s %s %s %s -\n", strings.ReplaceAll(strconv.Quote(d.Path), `"`, ""), d.Mode, d.Owner, d.Group)
+	}
+	return out.String()
+}
