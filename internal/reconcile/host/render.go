@@ -18,19 +18,23 @@ import (
 
 // Where things lie on a host.
 const (
-	SiteHostPath    = "/opt/site/bin/site-host"
-	NomadPath       = "/opt/site/bin/nomad"
-	DriverPath      = "/opt/site/nomad/plugins/nomad-driver-podman"
-	AppliedPath     = "/etc/site/host.json"
-	InitPath        = "/etc/site/init.age"
-	StorePath       = "/var/lib/site/store"
-	ReleasesPath    = "/var/lib/site/releases"
-	LockPath        = "/var/lib/site/lock.json"
-	GossipPath      = "/etc/nomad.d/gossip.hcl"
-	CACertPath      = "/etc/nomad.d/tls/ca.crt"
-	AgentCertPath   = "/etc/nomad.d/tls/agent.crt"
-	AgentKeyPath    = "/etc/nomad.d/tls/agent.key"
-	nomadConfigPath = "/etc/nomad.d/nomad.hcl"
+	SiteHostPath = "/opt/site/bin/site-host"
+	NomadPath    = "/opt/site/bin/nomad"
+	DriverPath   = "/opt/site/nomad/plugins/nomad-driver-podman"
+	AppliedPath  = "/etc/site/host.json"
+	InitPath     = "/etc/site/init.age"
+	// OperatorsJWKSPath holds the operators' public keys (RFC 7517), which
+	// site-host serves to Nomad at OperatorsJWKSURL.
+	OperatorsJWKSPath = "/etc/site/operators.jwks"
+	OperatorsJWKSURL  = "http://127.0.0.1:7380/operators.jwks"
+	StorePath         = "/var/lib/site/store"
+	ReleasesPath      = "/var/lib/site/releases"
+	LockPath          = "/var/lib/site/lock.json"
+	GossipPath        = "/etc/nomad.d/gossip.hcl"
+	CACertPath        = "/etc/nomad.d/tls/ca.crt"
+	AgentCertPath     = "/etc/nomad.d/tls/agent.crt"
+	AgentKeyPath      = "/etc/nomad.d/tls/agent.key"
+	nomadConfigPath   = "/etc/nomad.d/nomad.hcl"
 )
 
 // Input is all that a host's document is made of.
@@ -41,6 +45,8 @@ type Input struct {
 	Address         string
 	ServerAddresses []string
 	Packages        []Package
+	// OperatorsJWKS are the public keys of those who may log in.
+	OperatorsJWKS string
 	// Digests are plain hex sha256 of the executables that run on the host.
 	SiteHostSHA256, NomadSHA256, DriverSHA256 string
 	// Applied is what was applied last, nil on a bare host.
@@ -114,7 +120,9 @@ func Render(in Input) (Document, error) {
 		}
 		document.Files = append(document.Files, newFile(file.path, file.mode, content))
 	}
-	document.Files = append(document.Files, newFile("/etc/tmpfiles.d/site.conf", "0644", tmpfiles(directories)))
+	document.Files = append(document.Files,
+		newFile("/etc/tmpfiles.d/site.conf", "0644", tmpfiles(directories)),
+		newFile(OperatorsJWKSPath, "0644", in.OperatorsJWKS))
 
 	secrets, err := secretFiles(in, values)
 	if err != nil {

@@ -1,0 +1,222 @@
+package cli
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/jedib0t/go-pretty/v6/table"
+	"github.com/spf13/cobra"
+
+	"github.com/nomad-site/site/internal/deploy"
+	"github.com/nomad-site/site/internal/plan"
+)
+
+// runFlags are the flags of the commands that change a site.
+type runFlags struct {
+	siteFlags
+	sha          string
+	timeout      time.Duration
+	takeOverLock string
+	only         []string
+	prune        bool
+}
+
+func (f *runFlags) addRun(command *cobra.Command) {
+	f.add(command)
+	command.Flags().StringVar(&f.sha, "sha", "HEAD", "the commit whose content is deployed")
+	command.Flags().DurationVar(&f.timeout, "timeout", 0, "deadline of the whole run; default: deadline in site.hcl, 15m if it has none")
+	command.Flags().StringVar(&f.takeOverLock, "take-over-lock", "", "take the lock with this id from its holder")
+	command.Flags().BoolVar(&f.prune, "prune", false, "stop jobs of the site that no component declares")
+}
+
+func (f *runFlags) runOptions(env Environment, flags *globalFlags) (deploy.Options, error) {
+	options, err := f.options(env, flags)
+	if err != nil {
+		return options, err
+	}
+	if f.timeout < 0 {
+		return options, plan.WithHint(fmt.Errorf("--timeout %s is negative", f.timeout), "give a duration such as 15m")
+	}
+	options.Revision, options.Timeout, options.TakeOverLock = f.sha, f.timeout, f.takeOverLock
+	options.Only, options.Prune = f.only, f.prune
+	return options, nil
+}
+
+func newBootstrapDeploy(env Environment, flags *globalFlags) *cobra.Command {
+	run := &runFlags{}
+	command := &cobra.Command{
+		Use:   "bootstrap-deploy",
+		Short: "Bring bare hosts to healthy jobs",
+		Long: `Brings bare hosts that answer SSH to healthy jobs: our own static binary, the
+pinned packages, Nomad with its podman driver, then the site's components from
+the content of one commit. Whatever is wrong with the inputs is said before the
+first remote access. Running it again resumes, and changes nothing when all is done.
+` + exitCodesHelp,
+		Example: "  site bootstrap-deploy --site=gamma --sha=$(git rev-parse HEAD) --openbao-site-root-token-file=FILE",
+		Args:    cobra.NoArgs,
+		RunE: func(command *cobra.Command, _ []string) error {
+			options, err := run.runOptions(env, flags)
+			if err != nil {
+				return err
+			}
+			if options.RootTokenFile == "" {
+				return plan.WithHint(errors.New("--openbao-site-root-token-file is not given"),
+					"make a token with `site root-token new FILE`; a site that was bootstrapped deploys with `site deploy`")
+			}
+			result, err := deploy.Bootstrap(command.Context(), options)
+			return finishRun(env, flags, result, err)
+		},
+	}
+	run.addRun(command)
+	return command
+}
+
+func newDeploy(env Environment, flags *globalFlags) *cobra.Command {
+	run := &runFlags{}
+	command := &cobra.Command{
+		Use:   "deploy",
+		Short: "Bring a commit to a site",
+		Long: `Brings the content of a commit to a site that was bootstrapped: only what
+differs is touched, only the chunks that are missing travel. You log in with
+your SSH key, if it is an operator's in site.hcl.
+` + exitCodesHelp,
+		Example: "  site deploy --site=gamma\n  site deploy --site=gamma --only=hello",
+		Args:    cobra.NoArgs,
+		RunE: func(command *cobra.Command, _ []string) error {
+			options, err := run.runOptions(env, flags)
+			if err != nil {
+				return err
+			}
+			result, err := deploy.Deploy(command.Context(), options)
+			return finishRun(env, flags, result, err)
+		},
+	}
+	run.addRun(command)
+	command.Flags().StringSliceVar(&run.only, "only", nil, "deal with these components only")
+	return command
+}
+
+func newPlan(env Environment, flags *globalFlags) *cobra.Command {
+	run := &runFlags{}
+	checkOnly := false
+	command := &cobra.Command{
+		Use:   "plan",
+		Short: "Show what a deploy would change",
+		Long: `Walks the same steps as a deploy and stops before each write: host, artifacts
+with the bytes to send, and jobs. It takes no lock and writes nothing.
+` + exitCodesHelp,
+		Args: cobra.NoArgs,
+		RunE: func(command *cobra.Command, _ []string) error {
+			options, err := run.runOptions(env, flags)
+			if err != nil {
+				return err
+			}
+			options.Reporter = newQuietReporter(env, flags)
+			result, err := deploy.Plan(command.Context(), options)
+			if err != nil {
+				return err
+			}
+			if flags.json {
+				err = printJSON(env.Out, result)
+			} else {
+				printPlan(env.Out, result, flags.verbose)
+			}
+			if err == nil && checkOnly && result.Pending() > 0 {
+				return errChanges
+			}
+			return err
+		},
+	}
+	run.addRun(command)
+	command.Flags().StringSliceVar(&run.only, "only", nil, "deal with these components only")
+	command.Flags().BoolVar(&checkOnly, "check", false, "exit with code 2 if there is anything to change")
+	return command
+}
+
+// printPlan writes the changes, by step.
+func printPlan(w io.Writer, result plan.Result, verbose bool) {
+	for _, outcome := range result.Outcomes {
+		if outcome.Unknown != "" {
+			_, _ = fmt.Fprintf(w, "? %s: unknown until %q is applied\n", outcome.Step, outcome.Unknown)
+		}
+		for _, change := range outcome.Changes {
+			_, _ = fmt.Fprintf(w, "%s %s\n", sign(change.Action), change)
+			if verbose {
+				for _, detail := range change.Details {
+					_, _ = fmt.Fprintf(w, "      %s\n", detail)
+				}
+			}
+		}
+	}
+	switch pending := result.Pending(); pending {
+	case 0:
+		_, _ = fmt.Fprintln(w, "nothing to do")
+	case 1:
+		_, _ = fmt.Fprintln(w, "1 change")
+	default:
+		_, _ = fmt.Fprintf(w, "%d changes\n", pending)
+	}
+}
+
+func sign(action plan.Action) string {
+	switch action {
+	case plan.Create, plan.Upload:
+		return "+"
+	case plan.Delete:
+		return "-"
+	default:
+		return "~"
+	}
+}
+
+// finishRun ends a command that changed a site: a table of the steps with
+// their times, or what the error knows beyond its line.
+func finishRun(env Environment, flags *globalFlags, result plan.Result, err error) error {
+	if flags.json {
+		return err // the events said it all
+	}
+	if err != nil {
+		printVerdicts(env.Err, err)
+		return err
+	}
+	writer := table.NewWriter()
+	writer.SetStyle(table.StyleLight)
+	writer.Style().Options.DrawBorder = false
+	writer.Style().Options.SeparateColumns = false
+	writer.AppendHeader(table.Row{"step", "changes", "seconds"})
+	var total float64
+	changes := 0
+	for _, outcome := range result.Outcomes {
+		writer.AppendRow(table.Row{outcome.Step, len(outcome.Changes), fmt.Sprintf("%.1f", outcome.Seconds)})
+		total += outcome.Seconds
+		changes += len(outcome.Changes)
+	}
+	writer.AppendFooter(table.Row{"all", changes, fmt.Sprintf("%.1f", total)})
+	_, _ = fmt.Fprintln(env.Out, writer.Render())
+	if changes == 0 {
+		_, _ = fmt.Fprintln(env.Out, "nothing to do")
+	}
+	return nil
+}
+
+// printVerdicts shows the events and the log tail of failed rollouts.
+func printVerdicts(w io.Writer, err error) {
+	for _, verdict := range deploy.Verdicts(err) {
+		_, _ = fmt.Fprintf(w, "\njob %s: %s", verdict.Job, verdict.Class)
+		if verdict.Node != "" {
+			_, _ = fmt.Fprintf(w, " on %s", verdict.Node)
+		}
+		_, _ = fmt.Fprintf(w, ": %s\n", verdict.Reason)
+		section(w, "events", verdict.Events)
+		section(w, "log", verdict.LogTail)
+	}
+}
+
+func section(w io.Writer, title string, lines []string) {
+	if len(lines) > 0 {
+		_, _ = fmt.Fprintf(w, "  %s:\n    %s\n", title, strings.Join(lines, "\n    "))
+	}
+}

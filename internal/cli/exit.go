@@ -1,0 +1,86 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/nomad-site/site/internal/plan"
+)
+
+// The exit codes, as in every command's help.
+const (
+	ExitDone        = 0
+	ExitError       = 1
+	ExitChanges     = 2
+	ExitReverted    = 3
+	ExitNotReverted = 4
+	ExitLocked      = 5
+	ExitInterrupted = 130
+)
+
+const exitCodesHelp = `
+Exit codes:
+  0    done, or nothing to do
+  1    error
+  2    changes pending (plan --check), or findings
+  3    the rollout failed and was reverted
+  4    the rollout failed and was not reverted
+  5    locked by someone else
+  130  interrupted`
+
+// ErrInterrupted is the cause of a context that the operator ended.
+var ErrInterrupted = errors.New("interrupted")
+
+// errChanges makes `plan --check` exit with ExitChanges; it prints nothing.
+var errChanges = errors.New("changes pending")
+
+// errDone ends a command that holds something open as long as another runs.
+var errDone = errors.New("done")
+
+// rolloutFailure is a rollout error that knows whether the old version runs again.
+type rolloutFailure interface {
+	error
+	WasReverted() bool
+}
+
+// lockedError is an error of somebody else's lock.
+type lockedError interface {
+	error
+	Locked() bool
+}
+
+// ExitCode is the one switch from error to exit code.
+func ExitCode(err error) int {
+	var rollout rolloutFailure
+	var locked lockedError
+	switch {
+	case err == nil, errors.Is(err, errDone):
+		return ExitDone
+	case errors.Is(err, errChanges):
+		return ExitChanges
+	case errors.Is(err, ErrInterrupted), errors.Is(err, context.Canceled):
+		return ExitInterrupted
+	case errors.As(err, &rollout):
+		if rollout.WasReverted() {
+			return ExitReverted
+		}
+		return ExitNotReverted
+	case errors.As(err, &locked):
+		return ExitLocked
+	default:
+		return ExitError
+	}
+}
+
+// PrintError writes the error and, below it, the way out.
+func PrintError(w io.Writer, err error) {
+	if errors.Is(err, errChanges) || errors.Is(err, errDone) {
+		return
+	}
+	_, _ = fmt.Fprintf(w, "error: %v\n", err)
+	if hint := plan.HintOf(err); hint != "" {
+		_, _ = fmt.Fprintf(w, "hint: %s\n", hint)
+	}
+}

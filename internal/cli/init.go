@@ -1,0 +1,106 @@
+package cli
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/nomad-site/site/internal/plan"
+	"github.com/nomad-site/site/internal/seal"
+	"github.com/nomad-site/site/internal/site"
+)
+
+func newInit(env Environment, flags *globalFlags) *cobra.Command {
+	answers := site.InitOptions{}
+	keyFile := ""
+	command := &cobra.Command{
+		Use:   "init",
+		Short: "Write the start of a repository: sites/ and jobs/",
+		Long: `Writes a site with one host and one component into this folder, once. The files
+are the truth from then on: edit them by hand, commit them.
+` + exitCodesHelp,
+		Example: "  site init --site=gamma --host=203.0.113.5 --operator-key=~/.ssh/id_ed25519.pub",
+		Args:    cobra.NoArgs,
+		RunE: func(_ *cobra.Command, _ []string) error {
+			if answers.Site == "" || answers.HostAddress == "" {
+				return plan.WithHint(errors.New("--site and --host are needed"), "for example: site init --site=gamma --host=203.0.113.5")
+			}
+			if keyFile != "" {
+				content, err := os.ReadFile(keyFile)
+				if err != nil {
+					return fmt.Errorf("operator's public key: %w", err)
+				}
+				answers.OperatorPublicKey = string(content)
+			}
+			files, err := site.Init(flags.folder, answers)
+			if err != nil {
+				return err
+			}
+			for _, file := range files {
+				_, _ = fmt.Fprintln(env.Out, file)
+			}
+			return nil
+		},
+	}
+	command.Flags().StringVar(&answers.Site, "site", "", "the site's name")
+	command.Flags().StringVar(&answers.HostAddress, "host", "", "the first host: a DNS name, an IP or a name of the ssh configuration")
+	command.Flags().StringVar(&answers.User, "user", "", "who logs in by SSH; default: as the ssh configuration says")
+	command.Flags().StringVar(&answers.SSHConfigFile, "ssh-config", "", "an ssh configuration in the repository; default: your own")
+	command.Flags().StringVar(&answers.OperatorName, "operator", "operator", "your name as an operator")
+	command.Flags().StringVar(&keyFile, "operator-key", "", "your SSH public key file, to log in to the site with")
+	command.Flags().StringVar(&answers.Component, "component", "app", "the first component's name")
+	command.Flags().BoolVar(&answers.Force, "force", false, "overwrite the files of an earlier init")
+	return command
+}
+
+func newRootToken(env Environment) *cobra.Command {
+	command := &cobra.Command{
+		Use: "root-token", Short: "Make the site root token", Args: cobra.NoArgs,
+		Long: `The site root token opens a site's init material: it is needed for the first
+bootstrap and for recovery, not for daily deploys. Keep it in a safe.
+` + exitCodesHelp,
+	}
+	command.AddCommand(&cobra.Command{
+		Use: "new FILE", Short: "Write a new site root token to a file of mode 0600", Args: cobra.ExactArgs(1),
+		RunE: func(_ *cobra.Command, args []string) error {
+			token, recipient, err := seal.NewRootToken()
+			if err != nil {
+				return err
+			}
+			if err := os.MkdirAll(filepath.Dir(args[0]), 0o755); err != nil {
+				return fmt.Errorf("write the site root token: %w", err)
+			}
+			file, err := os.OpenFile(args[0], os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+			if errors.Is(err, os.ErrExist) {
+				return plan.WithHint(fmt.Errorf("%s exists", args[0]), "a site root token is never overwritten: name another file")
+			}
+			if err != nil {
+				return fmt.Errorf("write the site root token: %w", err)
+			}
+			_, err = file.WriteString(strings.Join([]string{"# site root token, public part " + recipient, token.Reveal(), ""}, "\n"))
+			if err = errors.Join(err, file.Sync(), file.Close()); err != nil {
+				return fmt.Errorf("write the site root token: %w", err)
+			}
+			_, err = fmt.Fprintln(env.Out, args[0])
+			return err
+		},
+	})
+	return command
+}
+
+func newVersion(env Environment, flags *globalFlags) *cobra.Command {
+	return &cobra.Command{
+		Use: "version", Short: "Print the version", Args: cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			if flags.json {
+				return printJSON(env.Out, map[string]string{"version": env.Version})
+			}
+			_, err := fmt.Fprintln(env.Out, "site "+env.Version)
+			return err
+		},
+	}
+}

@@ -1,0 +1,93 @@
+package cli
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/nomad-site/site/internal/deploy"
+	"github.com/nomad-site/site/internal/plan"
+)
+
+func newTunnel(env Environment, flags *globalFlags) *cobra.Command {
+	of := &siteFlags{}
+	request := deploy.TunnelRequest{}
+	command := &cobra.Command{
+		Use:   "tunnel [JOB | HOST:PORT]",
+		Short: "Open a local port that leads into the site",
+		Long: `Opens a local port that leads, through SSH, to a job's service or to an address
+as seen from a host of the site; without an argument to Nomad's API. It stays
+open until interrupted.
+` + exitCodesHelp,
+		Args: cobra.MaximumNArgs(1),
+		RunE: func(command *cobra.Command, args []string) error {
+			options, err := of.options(env, flags)
+			if err != nil {
+				return err
+			}
+			options.Warn = nil
+			if len(args) == 1 {
+				request.Remote = args[0]
+				if !strings.Contains(request.Remote, ":") {
+					if request.Host, request.Remote, err = deploy.JobAddress(command.Context(), options, args[0]); err != nil {
+						return err
+					}
+				}
+			}
+			return deploy.OpenTunnel(command.Context(), options, request, func(tunnel deploy.Tunnel) error {
+				if flags.json {
+					return printJSON(env.Out, map[string]string{"local": tunnel.Local})
+				}
+				_, err := fmt.Fprintf(env.Out, "http://%s\n", tunnel.Local)
+				return err
+			})
+		},
+	}
+	of.add(command)
+	command.Flags().StringVar(&request.Listen, "listen", "", "local address; default: a free port on 127.0.0.1")
+	command.Flags().StringVar(&request.Host, "host", "", "the host to go through; default: the first server")
+	return command
+}
+
+func newEnv(env Environment, flags *globalFlags) *cobra.Command {
+	of := &siteFlags{}
+	command := &cobra.Command{
+		Use:   "env -- COMMAND [ARGUMENT…]",
+		Short: "Run a command with a tunnel and a short token, so that nomad just works",
+		Long: `Runs a command with NOMAD_ADDR and NOMAD_TOKEN set: the address of a tunnel that
+is open as long as the command runs, and a token that is good for minutes.
+Without a command it runs your shell.
+` + exitCodesHelp,
+		Example: "  site env --site=gamma -- nomad job status",
+		RunE: func(command *cobra.Command, args []string) error {
+			options, err := of.options(env, flags)
+			if err != nil {
+				return err
+			}
+			options.Warn = nil
+			if len(args) == 0 {
+				shell := os.Getenv("SHELL")
+				if shell == "" {
+					return plan.WithHint(fmt.Errorf("no command is given and SHELL is not set"), "say what to run after --")
+				}
+				args = []string{shell}
+			}
+			return deploy.OpenTunnel(command.Context(), options, deploy.TunnelRequest{WithToken: true}, func(tunnel deploy.Tunnel) error {
+				_, _ = fmt.Fprintf(env.Err, "site env: the token is good until %s\n", tunnel.Expiry.Local().Format(time.TimeOnly))
+				child := exec.CommandContext(command.Context(), args[0], args[1:]...)
+				child.Stdin, child.Stdout, child.Stderr = env.In, env.Out, env.Err
+				child.Env = append(os.Environ(), "NOMAD_ADDR=http://"+tunnel.Local, "NOMAD_TOKEN="+tunnel.Token.Reveal())
+				if err := child.Run(); err != nil {
+					return fmt.Errorf("%s: %w", args[0], err)
+				}
+				return errDone
+			})
+		},
+	}
+	of.add(command)
+	return command
+}

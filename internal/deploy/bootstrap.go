@@ -1,0 +1,89 @@
+package deploy
+
+import (
+	"context"
+
+	"github.com/nomad-site/site/internal/plan"
+)
+
+// Bootstrap brings bare hosts to healthy jobs. Running it again resumes what
+// was cut short, and finds nothing to do when all is done.
+func Bootstrap(ctx context.Context, options Options) (plan.Result, error) {
+	return run(ctx, options, func(s *session) []plan.Step {
+		return []plan.Step{
+			s.checkInputs(),
+			s.connectHosts(),
+			s.placeSiteHost(),
+			s.takeLock("bootstrap-deploy"),
+			s.sealInitMaterial(),
+			s.sendPlatformArtifacts(),
+			s.installPackages(),
+			s.convergeHosts(),
+			s.convergeNomad(),
+			s.sendArtifacts(),
+			s.runWaves(),
+			s.recordRelease(),
+		}
+	})
+}
+
+// Deploy brings a commit to a site that was bootstrapped. It needs no site root
+// token: the operator logs in to Nomad with an SSH key.
+func Deploy(ctx context.Context, options Options) (plan.Result, error) {
+	return run(ctx, options, func(s *session) []plan.Step {
+		return []plan.Step{
+			s.checkInputs(),
+			s.connectHosts(),
+			s.placeSiteHost(),
+			s.takeLock("deploy"),
+			s.sendPlatformArtifacts(),
+			s.installPackages(),
+			s.convergeHosts(),
+			s.convergeNomad(),
+			s.sendArtifacts(),
+			s.runWaves(),
+			s.recordRelease(),
+		}
+	})
+}
+
+// Plan is Deploy, or Bootstrap where a site root token is given, without any write.
+func Plan(ctx context.Context, options Options) (plan.Result, error) {
+	options.DryRun = true
+	if options.RootTokenFile != "" {
+		return Bootstrap(ctx, options)
+	}
+	return Deploy(ctx, options)
+}
+
+func run(ctx context.Context, options Options, flow func(*session) []plan.Step) (plan.Result, error) {
+	s := newSession(options)
+	defer s.close()
+	mode := plan.Apply
+	if options.DryRun {
+		mode = plan.DryRun
+	}
+	ctx, cancel := s.bound(ctx)
+	defer cancel()
+	return plan.Run(ctx, flow(s), mode, options.Reporter)
+}
+
+// read opens a session that only looks: no lock, nothing built.
+func read(ctx context.Context, options Options) (*session, error) {
+	s := newSession(options)
+	if err := s.open(ctx); err != nil {
+		s.close()
+		return nil, err
+	}
+	return s, nil
+}
+
+func (s *session) open(ctx context.Context) error {
+	if err := s.readRepository(ctx); err != nil {
+		return err
+	}
+	if err := s.readMaterial(); err != nil {
+		return err
+	}
+	return s.connect(ctx)
+}

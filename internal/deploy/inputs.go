@@ -1,0 +1,141 @@
+package deploy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+	"slices"
+
+	"github.com/nomad-site/site/internal/adapter/builder"
+	"github.com/nomad-site/site/internal/adapter/debian"
+	"github.com/nomad-site/site/internal/adapter/toolchain"
+	"github.com/nomad-site/site/internal/plan"
+	"github.com/nomad-site/site/internal/site"
+)
+
+// platformArtifacts are what every host runs, whatever the site's components.
+type platformArtifacts struct {
+	lock debian.Lock
+	debs []debian.Deb
+	// executables by tool name.
+	executables map[string]builder.LocalBlob
+	ansible     string
+}
+
+// The pinned tools that run on hosts.
+const (
+	toolNomad   = "nomad"
+	toolDriver  = "nomad-driver-podman"
+	toolAnsible = "ansible"
+)
+
+// hostPlatform is what hosts are until one says otherwise: artifacts are built
+// before the first remote access.
+const hostPlatform = "linux/amd64"
+
+// checkInputs reads everything local and builds the artifacts: whatever is
+// wrong here is said before any host is touched.
+func (s *session) checkInputs() plan.Step {
+	return check{title: "check inputs", run: func(ctx context.Context) error {
+		if err := s.readRepository(ctx); err != nil {
+			return err
+		}
+		if err := s.readMaterial(); err != nil {
+			return err
+		}
+		return errors.Join(s.collectPlatform(ctx), s.buildArtifacts(ctx))
+	}}
+}
+
+func (s *session) collectPlatform(ctx context.Context) error {
+	platform, err := toolchain.ParsePlatform(hostPlatform)
+	if err != nil {
+		return err
+	}
+	s.platform.executables = map[string]builder.LocalBlob{}
+	var problems []error
+	for _, name := range []string{toolNomad, toolDriver} {
+		built, err := s.buildOne(ctx, "", site.Artifact{Name: name, Kind: site.File, Tool: name, Executable: name})
+		if err != nil {
+			problems = append(problems, err)
+			continue
+		}
+		s.platform.executables[name] = built.Blobs[0]
+	}
+	if s.platform.ansible, err = s.options.Platform.Tools.Which(toolAnsible, toolchain.Host()); err != nil {
+		problems = append(problems, err)
+	}
+	lock, err := s.readLock(platform.Architecture)
+	if err != nil {
+		return errors.Join(append(problems, err)...)
+	}
+	s.platform.lock = lock
+	s.platform.debs, err = debian.Bundle(ctx, lock, filepath.Join(s.options.CacheDir, "debs"), nil)
+	return errors.Join(append(problems, err)...)
+}
+
+func (s *session) readLock(architecture string) (debian.Lock, error) {
+	name := "debs/debian-12-" + architecture + ".lock.json"
+	content, err := fs.ReadFile(s.options.Platform.Bootstrap, name)
+	if err != nil {
+		return debian.Lock{}, plan.WithHint(fmt.Errorf("no locked packages for Debian 12 on %s", architecture), "supported is amd64")
+	}
+	return debian.ParseLock(content)
+}
+
+// buildArtifacts builds what the active components need, all problems in one error.
+func (s *session) buildArtifacts(ctx context.Context) error {
+	var problems []error
+	for _, component := range s.site.Components {
+		if !s.active(component.Name) {
+			continue
+		}
+		for _, artifact := range component.Artifacts {
+			built, err := s.buildOne(ctx, component.Folder, artifact)
+			if err != nil {
+				problems = append(problems, fmt.Errorf("component %s: %w", component.Name, err))
+				continue
+			}
+			if built.FromWorkTree {
+				s.options.Warn(fmt.Sprintf("artifact %s of component %s is built from %s", artifact.Name, component.Name, built.Source))
+			}
+			s.built[component.Name] = append(s.built[component.Name], built)
+		}
+	}
+	return errors.Join(problems...)
+}
+
+func (s *session) buildOne(ctx context.Context, folder string, artifact site.Artifact) (builder.Built, error) {
+	tools := s.options.Platform.Tools
+	return builder.Build(ctx, builder.Request{
+		Site: s.site.Name, RepoRoot: s.root, Tree: s.tree, TreeID: s.treeID, Artifact: artifact,
+		ComponentFolder: folder, Platform: hostPlatform, CacheDir: s.options.CacheDir,
+		Tool: func(_ context.Context, name string) (string, error) {
+			platform, err := toolchain.ParsePlatform(hostPlatform)
+			if err != nil {
+				return "", err
+			}
+			executable, err := tools.Which(name, platform)
+			if err != nil {
+				return "", err
+			}
+			return filepath.Dir(filepath.Dir(executable)), nil
+		},
+		Debs: func(ctx context.Context, packages []string) ([]string, error) { return s.debFiles(packages) },
+	})
+}
+
+// debFiles gives the paths of locked packages, for images made of them.
+func (s *session) debFiles(packages []string) ([]string, error) {
+	var paths []string
+	for _, name := range packages {
+		i := slices.IndexFunc(s.platform.debs, func(deb debian.Deb) bool { return deb.Name == name })
+		if i < 0 {
+			return nil, fmt.Errorf("package %q is not in the lock", name)
+		}
+		paths = append(paths, s.platform.debs[i].Path)
+	}
+	return paths, nil
+}

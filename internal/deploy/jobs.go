@@ -1,0 +1,242 @@
+package deploy
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/nomad-site/site/internal/adapter/builder"
+	"github.com/nomad-site/site/internal/adapter/nomad"
+	"github.com/nomad-site/site/internal/plan"
+	"github.com/nomad-site/site/internal/reconcile/job"
+	"github.com/nomad-site/site/internal/site"
+)
+
+// loopback is the one address of every artifact.
+const loopback = "127.0.0.1:7380"
+
+// waves runs the jobs in the order in which they need each other. The waves
+// are known once the configuration is read, which is when the step begins.
+type waves struct {
+	s     *session
+	steps []*plan.Reconciler[[]*nomad.Prepared, map[string]job.Actual]
+	plans [][]plan.Change
+}
+
+var _ plan.Step = (*waves)(nil)
+
+func (s *session) runWaves() plan.Step { return &waves{s: s} }
+
+func (w *waves) Name() string { return "jobs" }
+
+// Plan looks at every wave at once: what a later wave changes does not depend
+// on whether an earlier one ran.
+func (w *waves) Plan(ctx context.Context) ([]plan.Change, error) {
+	if w.s.nomad == nil {
+		return nil, &plan.UnknownError{Until: "nomad"}
+	}
+	w.steps, w.plans = nil, nil
+	var all []plan.Change
+	for _, components := range job.Waves(w.s.activeComponents()) {
+		step := w.s.waveStep(components)
+		changes, err := step.Plan(ctx)
+		if err != nil {
+			return nil, err
+		}
+		w.steps, w.plans = append(w.steps, step), append(w.plans, changes)
+		all = append(all, changes...)
+	}
+	orphans, err := w.s.orphans(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, id := range orphans {
+		if !w.s.options.Prune {
+			w.s.options.Warn(fmt.Sprintf("job %s belongs to this site and no component declares it: stop it with --prune", id))
+			continue
+		}
+		all = append(all, plan.Change{Action: plan.Delete, Kind: job.Kind, Target: id, Reason: "no component declares it"})
+	}
+	return all, nil
+}
+
+func (w *waves) Apply(ctx context.Context, changes []plan.Change, progress plan.Progress) error {
+	if err := w.s.clientsReady(ctx, progress); err != nil {
+		return err
+	}
+	for i, step := range w.steps {
+		if len(w.plans[i]) == 0 {
+			continue
+		}
+		if err := step.Apply(ctx, w.plans[i], progress); err != nil {
+			return err
+		}
+	}
+	for _, change := range changes {
+		if change.Action == plan.Delete {
+			if err := w.s.nomad.Stop(ctx, change.Target); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (s *session) activeComponents() []site.Component {
+	return slices.DeleteFunc(slices.Clone(s.site.Components), func(c site.Component) bool { return !s.active(c.Name) })
+}
+
+// orphans are jobs of this site that no component declares.
+func (s *session) orphans(ctx context.Context) ([]string, error) {
+	if len(s.options.Only) > 0 {
+		return nil, nil
+	}
+	actual, err := s.nomad.ObserveSite(ctx, s.site.Name)
+	if err != nil {
+		return nil, err
+	}
+	var desired []job.Desired
+	for _, prepared := range s.jobs {
+		desired = append(desired, prepared.Desired)
+	}
+	return job.Orphans(s.site.Name, desired, actual), nil
+}
+
+// waveStep converges the jobs that can start together.
+func (s *session) waveStep(components []site.Component) *plan.Reconciler[[]*nomad.Prepared, map[string]job.Actual] {
+	return &plan.Reconciler[[]*nomad.Prepared, map[string]job.Actual]{
+		Title: "jobs",
+		Desire: func(ctx context.Context) ([]*nomad.Prepared, error) {
+			var prepared []*nomad.Prepared
+			var problems []error
+			for _, component := range components {
+				one, err := s.prepare(ctx, component)
+				if err != nil {
+					problems = append(problems, err)
+					continue
+				}
+				s.jobs[component.Name] = one
+				prepared = append(prepared, one)
+			}
+			return prepared, errors.Join(problems...)
+		},
+		Observe: func(ctx context.Context, desired []*nomad.Prepared) (map[string]job.Actual, error) {
+			actual := map[string]job.Actual{}
+			for _, one := range desired {
+				found, err := s.nomad.Observe(ctx, one)
+				if err != nil {
+					return nil, err
+				}
+				actual[one.Desired.JobID] = found
+			}
+			return actual, job.Refuse(states(desired), actual)
+		},
+		Diff: func(desired []*nomad.Prepared, actual map[string]job.Actual) []plan.Change {
+			return job.Diff(states(desired), actual)
+		},
+		Converge: func(ctx context.Context, desired []*nomad.Prepared, actual map[string]job.Actual, changes []plan.Change, progress plan.Progress) error {
+			return s.rollOut(ctx, desired, actual, changes, progress)
+		},
+		// Wait has seen each job healthy with the digests asked for.
+		Settled: func(context.Context, []*nomad.Prepared) error { return nil },
+	}
+}
+
+func states(prepared []*nomad.Prepared) []job.Desired {
+	desired := make([]job.Desired, len(prepared))
+	for i, one := range prepared {
+		desired[i] = one.Desired
+	}
+	return desired
+}
+
+// prepare has Nomad parse a component's jobspec, with the addresses of its artifacts.
+func (s *session) prepare(ctx context.Context, component site.Component) (*nomad.Prepared, error) {
+	declared, diagnostics := site.JobspecVariables(component.Jobspec, component.JobspecPath)
+	if diagnostics.HasErrors() {
+		return nil, diagnostics
+	}
+	addresses, digests := map[string]string{}, map[string]string{}
+	for _, built := range s.built[component.Name] {
+		addresses[built.Name] = s.artifactAddress(built)
+		digests[built.Name] = built.Digest
+	}
+	encoded, err := json.Marshal(addresses)
+	if err != nil {
+		return nil, fmt.Errorf("component %s: %w", component.Name, err)
+	}
+	name, err := json.Marshal(s.site.Name)
+	if err != nil {
+		return nil, fmt.Errorf("component %s: %w", component.Name, err)
+	}
+	values := maps.Clone(component.Variables)
+	if values == nil {
+		values = map[string]string{}
+	}
+	values[site.ArtifactsVariable] = string(encoded)
+	values[site.SiteVariable] = string(name)
+	variables, err := site.VariablesHCL(declared, values)
+	if err != nil {
+		return nil, fmt.Errorf("component %s: %w", component.Name, err)
+	}
+	parsed, err := s.nomad.Parse(ctx, nomad.Jobspec{Path: component.JobspecPath, Content: component.Jobspec}, variables)
+	if err != nil {
+		return nil, err
+	}
+	return nomad.Prepare(parsed, nomad.Brief{
+		Site: s.site.Name, Component: component.Name, GitSHA: s.sha, Artifacts: digests,
+	})
+}
+
+func (s *session) artifactAddress(built builder.Built) string {
+	if built.Kind == site.Image {
+		return fmt.Sprintf("%s/%s/%s@%s", loopback, s.site.Name, built.Name, built.Digest)
+	}
+	return fmt.Sprintf("http://%s/artifacts/%s/%s@%s", loopback, s.site.Name, built.Name, built.Digest)
+}
+
+// rollOut registers the jobs that differ, at the state that the plan saw, and
+// waits until all are healthy. All failures are reported, not only the first.
+func (s *session) rollOut(ctx context.Context, desired []*nomad.Prepared, actual map[string]job.Actual, changes []plan.Change, progress plan.Progress) error {
+	var mutex sync.Mutex
+	var problems []error
+	var group errgroup.Group
+	for _, one := range desired {
+		id := one.Desired.JobID
+		if !slices.ContainsFunc(changes, func(change plan.Change) bool { return change.Target == id }) {
+			continue
+		}
+		group.Go(func() error {
+			if err := s.rollOutOne(ctx, one, actual[id].ModifyIndex, progress); err != nil {
+				mutex.Lock()
+				defer mutex.Unlock()
+				problems = append(problems, err)
+			}
+			return nil
+		})
+	}
+	_ = group.Wait()
+	slices.SortFunc(problems, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })
+	if len(problems) == 1 {
+		return problems[0]
+	}
+	return errors.Join(problems...)
+}
+
+func (s *session) rollOutOne(ctx context.Context, one *nomad.Prepared, modifyIndex uint64, progress plan.Progress) error {
+	registered, err := s.nomad.Register(ctx, one, modifyIndex)
+	if err != nil {
+		return err
+	}
+	for _, warning := range registered.Warnings {
+		s.options.Warn(fmt.Sprintf("job %s: %s", one.Desired.JobID, warning))
+	}
+	return s.nomad.Wait(ctx, one, registered, nomad.WaitOptions{Limit: s.left()}, progress)
+}

@@ -1,0 +1,204 @@
+package deploy
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"time"
+
+	gossh "golang.org/x/crypto/ssh"
+
+	"github.com/nomad-site/site/internal/adapter/nomad"
+	"github.com/nomad-site/site/internal/plan"
+	"github.com/nomad-site/site/internal/reconcile/host"
+	"github.com/nomad-site/site/internal/secret"
+)
+
+const (
+	// leaderLimit bounds the first leader election, which takes about 2 s.
+	leaderLimit = time.Minute
+	// readyLimit bounds how long clients take to find their drivers, about 12 s.
+	readyLimit = 2 * time.Minute
+	// loginTokenTTL is how long an operator's signed JWT is good for.
+	loginTokenTTL = 2 * time.Minute
+)
+
+// nomadState is what the Nomad step compares.
+type nomadState struct {
+	bootstrapped bool
+	operators    nomad.Operators
+}
+
+// convergeNomad bootstraps the ACLs with the token that was sealed before, and
+// keeps the operators' login in step with site.hcl. Without the site root token
+// it logs in as an operator and leaves both alone.
+func (s *session) convergeNomad() plan.Step {
+	return &plan.Reconciler[[]nomad.Operator, nomadState]{
+		Title: "nomad",
+		Desire: func(context.Context) ([]nomad.Operator, error) {
+			return s.operators()
+		},
+		Observe: func(ctx context.Context, desired []nomad.Operator) (nomadState, error) {
+			return s.observeNomad(ctx)
+		},
+		Diff: func(desired []nomad.Operator, actual nomadState) []plan.Change {
+			if s.material == nil {
+				return nil
+			}
+			var changes []plan.Change
+			if !actual.bootstrapped {
+				changes = append(changes, plan.Change{Action: plan.Create, Kind: "acl", Target: "nomad", Reason: "not bootstrapped"})
+			}
+			return append(changes, nomad.DiffOperators(desired, host.OperatorsJWKSURL, actual.operators)...)
+		},
+		Converge: func(ctx context.Context, desired []nomad.Operator, actual nomadState, _ []plan.Change, progress plan.Progress) error {
+			if !actual.bootstrapped {
+				progress.Message("bootstrapping ACLs")
+				if _, err := s.nomad.BootstrapACL(ctx, s.material.NomadManagementToken, leaderLimit); err != nil {
+					return err
+				}
+			}
+			_, err := s.nomad.EnsureOperators(ctx, desired, host.OperatorsJWKSURL)
+			return err
+		},
+	}
+}
+
+func (s *session) operators() ([]nomad.Operator, error) {
+	var operators []nomad.Operator
+	for _, operator := range s.site.Operators {
+		pem, err := nomad.PublicKeyPEM(operator.PublicKey)
+		if err != nil {
+			return nil, fmt.Errorf("operator %s: %w", operator.Name, err)
+		}
+		operators = append(operators, nomad.Operator{Name: operator.Name, PublicKeyPEM: pem})
+	}
+	return operators, nil
+}
+
+func (s *session) observeNomad(ctx context.Context) (nomadState, error) {
+	if s.options.DryRun && s.hostsPending() {
+		return nomadState{}, &plan.UnknownError{Until: "host"}
+	}
+	if err := s.dialNomad(ctx); err != nil {
+		return nomadState{}, err
+	}
+	if s.material == nil {
+		return nomadState{bootstrapped: true}, s.logIn(ctx)
+	}
+	client, err := s.nomad.WithToken(s.material.NomadManagementToken)
+	if err != nil {
+		return nomadState{}, err
+	}
+	s.nomad = client
+	operators, err := client.ObserveOperators(ctx)
+	var refused *nomad.ResponseError
+	if errors.As(err, &refused) && refused.Status == http.StatusForbidden {
+		if s.options.DryRun {
+			s.nomad = nil // nothing more can be asked before the bootstrap
+		}
+		return nomadState{}, nil // ours is not a token yet
+	}
+	return nomadState{bootstrapped: true, operators: operators}, err
+}
+
+// hostsPending reports whether Nomad cannot be expected to answer: on some
+// server the agent does not run, or not as it should.
+func (s *session) hostsPending() bool {
+	for _, h := range s.servers() {
+		if h.siteHostDigest == "" || h.observed == nil || h.observed.Units["nomad.service"].Active != "active" {
+			return true
+		}
+	}
+	return false
+}
+
+// dialNomad opens the API through the SSH connection of the first server host
+// whose agent answers.
+func (s *session) dialNomad(ctx context.Context) error {
+	if s.nomad != nil {
+		return nil
+	}
+	var problems []error
+	for _, h := range s.servers() {
+		client, err := nomad.New(nomad.Options{Dial: h.conn.DialContext, Region: s.site.Region})
+		if err != nil {
+			return err
+		}
+		if err = client.Leader(ctx, min(leaderLimit, s.left())); err == nil {
+			s.nomad = client
+			s.onClose(client.Close)
+			return nil
+		}
+		problems = append(problems, fmt.Errorf("host %s: %w", h.Name, err))
+	}
+	return plan.WithHint(errors.Join(problems...), "see `journalctl -u nomad` on the host")
+}
+
+// logIn exchanges a JWT signed with the operator's SSH key for a short Nomad token.
+func (s *session) logIn(ctx context.Context) error {
+	token, _, err := s.shortToken(ctx)
+	if err != nil {
+		return err
+	}
+	return s.useToken(token)
+}
+
+func (s *session) useToken(token secret.Value) error {
+	client, err := s.nomad.WithToken(token)
+	if err != nil {
+		return err
+	}
+	s.nomad = client
+	return nil
+}
+
+// operatorKey finds the operator of site.hcl whose key we can sign with.
+func (s *session) operatorKey() (gossh.Signer, string, error) {
+	if len(s.site.Operators) == 0 {
+		return nil, "", plan.WithHint(fmt.Errorf("site %q has no operator that could log in", s.site.Name),
+			"add an operator block with your SSH public key to sites/%s/site.hcl, and run `site bootstrap-deploy`; or give --root-token-file", s.site.Name)
+	}
+	for _, h := range s.servers() {
+		for _, signer := range h.conn.Signers() {
+			for _, operator := range s.site.Operators {
+				public, _, _, _, err := gossh.ParseAuthorizedKey([]byte(operator.PublicKey))
+				if err == nil && bytes.Equal(public.Marshal(), signer.PublicKey().Marshal()) {
+					return signer, operator.Name, nil
+				}
+			}
+		}
+	}
+	return nil, "", plan.WithHint(errors.New("none of your SSH keys is an operator's key"),
+		"load the key into your SSH agent, or have your public key added to sites/%s/site.hcl", s.site.Name)
+}
+
+// clientsReady waits until jobs can be placed.
+func (s *session) clientsReady(ctx context.Context, progress plan.Progress) error {
+	clients := 0
+	for _, h := range s.hosts {
+		if h.Client {
+			clients++
+		}
+	}
+	return s.nomad.Ready(ctx, nomad.ReadyOptions{Nodes: clients, Limit: min(readyLimit, s.left())}, progress)
+}
+
+// shortToken logs in and gives the token away: it is good for minutes.
+func (s *session) shortToken(ctx context.Context) (secret.Value, time.Time, error) {
+	signer, operator, err := s.operatorKey()
+	if err != nil {
+		return secret.Value{}, time.Time{}, err
+	}
+	signed, err := nomad.SignJWT(signer, operator, nomad.Audience, loginTokenTTL)
+	if err != nil {
+		return secret.Value{}, time.Time{}, err
+	}
+	token, expiry, err := s.nomad.Login(ctx, signed)
+	if err != nil {
+		return secret.Value{}, time.Time{}, fmt.Errorf("log in to Nomad as operator %s: %w", operator, err)
+	}
+	return token, expiry, nil
+}

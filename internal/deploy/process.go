@@ -1,0 +1,44 @@
+package deploy
+
+import (
+	"fmt"
+
+	"github.com/nomad-site/site/internal/adapter/nomad"
+	"github.com/nomad-site/site/internal/adapter/ssh"
+)
+
+// finish ends a protocol that ran over a remote command. Where the protocol
+// failed without saying much, what the command wrote to stderr explains it.
+func finish(process *ssh.Process, err error) error {
+	if err == nil {
+		_ = process.CloseWrite()
+		return process.Wait()
+	}
+	said := process.Stderr()
+	_ = process.Close()
+	if said != "" {
+		return fmt.Errorf("%w (site-host said: %s)", err, said)
+	}
+	return err
+}
+
+// Verdicts collects what failed rollouts say, from anywhere in err.
+func Verdicts(err error) []nomad.Verdict {
+	var verdicts []nomad.Verdict
+	var walk func(error)
+	walk = func(err error) {
+		if rollout, ok := err.(*nomad.RolloutError); ok { //nolint:errorlint // each node of the tree is looked at
+			verdicts = append(verdicts, rollout.Verdict)
+		}
+		switch wrapped := err.(type) { //nolint:errorlint // as above
+		case interface{ Unwrap() error }:
+			walk(wrapped.Unwrap())
+		case interface{ Unwrap() []error }:
+			for _, inner := range wrapped.Unwrap() {
+				walk(inner)
+			}
+		}
+	}
+	walk(err)
+	return verdicts
+}

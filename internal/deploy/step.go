@@ -1,0 +1,61 @@
+package deploy
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/nomad-site/site/internal/plan"
+)
+
+// check is a step that has nothing to converge: it reads, and fails or not.
+type check struct {
+	title string
+	run   func(context.Context) error
+}
+
+var _ plan.Step = check{}
+
+func (c check) Name() string { return c.title }
+
+func (c check) Plan(ctx context.Context) ([]plan.Change, error) { return nil, c.run(ctx) }
+
+func (c check) Apply(context.Context, []plan.Change, plan.Progress) error { return nil }
+
+// DeadlineError ends a run whose time is over.
+type DeadlineError struct{ After time.Duration }
+
+func (e *DeadlineError) Error() string {
+	return fmt.Sprintf("the run took longer than its deadline of %s", e.After)
+}
+
+// Hint implements plan.Hinter.
+func (e *DeadlineError) Hint() string {
+	return "run it again, it goes on from here; or raise --timeout, or deadline in site.hcl"
+}
+
+// bound gives the run its deadline: that of the options or, as soon as the
+// configuration is read, that of the site.
+func (s *session) bound(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	start := time.Now()
+	arm := func(limit time.Duration) {
+		s.deadline = start.Add(limit)
+		timer := time.AfterFunc(time.Until(s.deadline), func() { cancel(&DeadlineError{After: limit}) })
+		s.onClose(func() { timer.Stop() })
+	}
+	if s.options.Timeout > 0 {
+		arm(s.options.Timeout)
+	} else {
+		s.armDeadline = arm
+	}
+	return ctx, func() { cancel(context.Canceled) }
+}
+
+// left is how much of the run's time is left.
+func (s *session) left() time.Duration {
+	if s.deadline.IsZero() {
+		return s.site.Deadline
+	}
+	return max(time.Until(s.deadline), time.Second)
+}

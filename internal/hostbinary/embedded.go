@@ -1,0 +1,8 @@
+//go:build embed_site_host
+
+package hostbinary
+
+import "embed"
+
+//go:embed site-host-linux-amd64 site-host-linux-arm64
+var executables embed.FS

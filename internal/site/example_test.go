@@ -1,0 +1,88 @@
+package site
+
+import (
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+
+	"github.com/hashicorp/hcl/v2"
+	"github.com/hashicorp/hcl/v2/hclsyntax"
+)
+
+func TestTheExampleLoads(t *testing.T) {
+	root := projectRoot(t)
+	s, err := Load(os.DirFS(root), "example", LoadOptions{WorkDir: root})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(s.Hosts) != 2 || len(s.Operators) != 2 || len(s.Components) != 2 || len(s.Components[0].Artifacts) != 7 {
+		t.Errorf("got %+v", s)
+	}
+	if got := s.Components[0].Variables["settings"]; got != `{"log.level":"debug"}` {
+		t.Errorf("the site's value must win: %s", got)
+	}
+}
+
+func TestTheExampleHasEveryField(t *testing.T) {
+	for _, tt := range []struct {
+		file  string
+		shape any
+	}{
+		{"sites/example/site.hcl", siteFile{}},
+		{"jobs/example/component.hcl", componentFile{}},
+	} {
+		t.Run(tt.file, func(t *testing.T) {
+			content, err := os.ReadFile(filepath.Join(projectRoot(t), filepath.FromSlash(tt.file)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			parsed, diags := hclsyntax.ParseConfig(content, tt.file, hcl.InitialPos)
+			if diags.HasErrors() {
+				t.Fatal(diags)
+			}
+			written := map[string]bool{}
+			namesIn(parsed.Body.(*hclsyntax.Body), "", written)
+			fields := fieldsOf(reflect.TypeOf(tt.shape), "")
+			if len(fields) < 10 {
+				t.Fatalf("found only %d fields: %v", len(fields), fields)
+			}
+			for _, field := range fields {
+				if !written[field] {
+					t.Errorf("%s is not in the example", strings.TrimPrefix(field, "."))
+				}
+			}
+		})
+	}
+}
+
+// fieldsOf lists the attributes and blocks of a decode struct as ".block.attribute".
+func fieldsOf(shape reflect.Type, prefix string) []string {
+	for shape.Kind() == reflect.Pointer || shape.Kind() == reflect.Slice {
+		shape = shape.Elem()
+	}
+	var fields []string
+	for i := range shape.NumField() {
+		name, kind, _ := strings.Cut(shape.Field(i).Tag.Get("hcl"), ",")
+		switch {
+		case name == "" || kind == "label" || strings.HasSuffix(kind, "_range"):
+		case kind == "block":
+			fields = append(fields, prefix+"."+name)
+			fields = append(fields, fieldsOf(shape.Field(i).Type, prefix+"."+name)...)
+		default:
+			fields = append(fields, prefix+"."+name)
+		}
+	}
+	return fields
+}
+
+func namesIn(body *hclsyntax.Body, prefix string, names map[string]bool) {
+	for name := range body.Attributes {
+		names[prefix+"."+name] = true
+	}
+	for _, block := range body.Blocks {
+		names[prefix+"."+block.Type] = true
+		namesIn(block.Body, prefix+"."+block.Type, names)
+	}
+}

@@ -1,0 +1,168 @@
+package command
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/nomad-site/site/internal/sitehost/lease"
+)
+
+type answer struct {
+	code           int
+	stdout, stderr string
+}
+
+func run(ctx context.Context, initFile, stdin string, arguments ...string) answer {
+	var stdout, stderr bytes.Buffer
+	code := Run(ctx, Options{Version: "abc", Stdin: strings.NewReader(stdin), Stdout: &stdout, Stderr: &stderr, InitFile: initFile}, arguments)
+	return answer{code, stdout.String(), stderr.String()}
+}
+
+func TestARefusedLockPrintsTheCurrentOneAndExitsWithFive(t *testing.T) {
+	file := "--file=" + filepath.Join(t.TempDir(), "lock.json")
+	taken := run(t.Context(), "", "", "lock", "acquire", file, "--holder=anna", "--reason=deploy", "--lease=1m")
+	var lock lease.Lock
+	if err := json.Unmarshal([]byte(taken.stdout), &lock); err != nil || taken.code != 0 || lock.Holder != "anna" || lock.ID == "" {
+		t.Fatalf("%+v, %v", taken, err)
+	}
+	refused := run(t.Context(), "", "", "lock", "acquire", file, "--holder=ben")
+	if refused.code != ExitLocked || refused.stdout != taken.stdout || !strings.HasPrefix(refused.stderr, "error: locked by anna (deploy)") || strings.Count(refused.stderr, "\n") != 1 {
+		t.Errorf("%+v", refused)
+	}
+	if got := run(t.Context(), "", "", "lock", "show", file); got.code != 0 || got.stdout != taken.stdout {
+		t.Errorf("show: %+v", got)
+	}
+	if got := run(t.Context(), "", "", "lock", "renew", file, "--id=other"); got.code != ExitLocked {
+		t.Errorf("renew: %+v", got)
+	}
+	if got := run(t.Context(), "", "", "lock", "release", file, "--id=other"); got.code != ExitLocked {
+		t.Errorf("release: %+v", got)
+	}
+	over := run(t.Context(), "", "", "lock", "acquire", file, "--holder=ben", "--takeover="+lock.ID)
+	if over.code != 0 || !strings.Contains(over.stdout, `"holder":"ben"`) {
+		t.Errorf("takeover: %+v", over)
+	}
+	if got := run(t.Context(), "", "", "lock", "renew", file, "--id="+lock.ID); got.code != ExitLocked || got.stdout != over.stdout {
+		t.Errorf("renew after the takeover: %+v", got)
+	}
+	if err := json.Unmarshal([]byte(over.stdout), &lock); err != nil {
+		t.Fatal(err)
+	}
+	if got := run(t.Context(), "", "", "lock", "release", file, "--id="+lock.ID); got.code != 0 {
+		t.Errorf("release: %+v", got)
+	}
+	if got := run(t.Context(), "", "", "lock", "show", file); got.code != 0 || got.stdout != "null\n" {
+		t.Errorf("show: %+v", got)
+	}
+}
+
+func TestAHeldLockIsAnnouncedFirstAndFreedAtTheEndOfInput(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "lock.json")
+	input, client := io.Pipe()
+	output, printed := io.Pipe()
+	done := make(chan int, 1)
+	go func() {
+		done <- Run(context.Background(), Options{Stdin: input, Stdout: printed, Stderr: io.Discard}, []string{"lock", "acquire", "--hold", "--file=" + path, "--holder=anna", "--lease=30s"})
+	}()
+	var lock lease.Lock
+	if err := json.NewDecoder(output).Decode(&lock); err != nil || lock.Holder != "anna" {
+		t.Fatalf("%+v, %v", lock, err)
+	}
+	if got := run(t.Context(), "", "", "lock", "acquire", "--file="+path, "--holder=ben"); got.code != ExitLocked {
+		t.Errorf("while it is held: %+v", got)
+	}
+	_ = client.Close()
+	select {
+	case code := <-done:
+		if code != 0 {
+			t.Errorf("exit code %d", code)
+		}
+	case <-time.After(10 * time.Second):
+		t.Fatal("still held")
+	}
+	if got := run(t.Context(), "", "", "lock", "acquire", "--file="+path, "--holder=ben"); got.code != 0 {
+		t.Errorf("after it was freed: %+v", got)
+	}
+}
+
+func TestReleaseRecordsAreStoredListedAndShown(t *testing.T) {
+	dir := "--dir=" + filepath.Join(t.TempDir(), "releases")
+	const record = `{"schema":"site.release/v1","id":"one","site":"lab","git_sha":"abc","created":"2026-01-01T00:00:00Z",` +
+		`"components":{"hello":{"spec_digest":"sha256:1","jobspec":"{}","artifacts":{"image":"sha256:2"},"git_sha":"abc"}},"status":"done"}`
+	if got := run(t.Context(), "", record, "release", "put", dir); got.code != 0 {
+		t.Fatalf("%+v", got)
+	}
+	if got := run(t.Context(), "", "", "release", "list", dir); got.stdout != "["+record+"]\n" {
+		t.Errorf("list: %+v", got)
+	}
+	if got := run(t.Context(), "", "", "release", "list", "--brief", dir); strings.Contains(got.stdout, "jobspec") || got.code != 0 {
+		t.Errorf("brief: %+v", got)
+	}
+	if got := run(t.Context(), "", "", "release", "show", "one", dir); got.stdout != record+"\n" {
+		t.Errorf("show: %+v", got)
+	}
+	if got := run(t.Context(), "", "", "release", "show", "two", dir); got.code != ExitNotThere {
+		t.Errorf("show a missing one: %+v", got)
+	}
+	if got := run(t.Context(), "", record[:30], "release", "put", dir); got.code != ExitError {
+		t.Errorf("half a record: %+v", got)
+	}
+}
+
+func TestOnlyTheInitFileIsReadAndWritten(t *testing.T) {
+	folder := filepath.Join(t.TempDir(), "etc")
+	path := filepath.Join(folder, "init.age")
+	if got := run(t.Context(), path, "", "file", "get", path); got.code != ExitNotThere {
+		t.Errorf("before: %+v", got)
+	}
+	if got := run(t.Context(), path, "sealed\x00", "file", "put", path); got.code != 0 {
+		t.Fatalf("%+v", got)
+	}
+	if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("mode %v, %v", info.Mode(), err)
+	}
+	if got := run(t.Context(), path, "", "file", "get", path); got.stdout != "sealed\x00" || got.code != 0 {
+		t.Errorf("%+v", got)
+	}
+	for name, arguments := range map[string][]string{
+		"another file": {"file", "get", "/etc/shadow"}, "another way there": {"file", "get", folder + "/../etc/init.age"},
+		"writing another file": {"file", "put", filepath.Join(folder, "other")}, "a mode for all": {"file", "put", path, "--mode=0644"},
+	} {
+		if got := run(t.Context(), path, "x", arguments...); got.code != ExitError || got.stdout != "" {
+			t.Errorf("%s: %+v", name, got)
+		}
+	}
+	if got := run(t.Context(), path, "", "file", "put", path); got.code != ExitError {
+		t.Errorf("an empty file: %+v", got)
+	}
+	if content, _ := os.ReadFile(path); string(content) != "sealed\x00" {
+		t.Errorf("the file became %q", content)
+	}
+}
+
+func TestErrorsAreOneLine(t *testing.T) {
+	for name, arguments := range map[string][]string{
+		"a public address":   {"serve", "--store=" + t.TempDir(), "--listen=0.0.0.0:7380"},
+		"an unknown command": {"sing"},
+		"an unknown flag":    {"serve", "--public"},
+		"a broken document":  {"observe", "--document=-"},
+		"a broken bundle":    {"packages", "install"},
+		"a missing document": {"observe", "--document=/does/not/exist"},
+		"noise to receive":   {"receive", "--store=" + t.TempDir()},
+	} {
+		got := run(t.Context(), "", "noise", arguments...)
+		if got.code != ExitError || !strings.HasPrefix(got.stderr, "error: ") || strings.Count(got.stderr, "\n") != 1 {
+			t.Errorf("%s: %+v", name, got)
+		}
+	}
+	if got := run(t.Context(), "", "", "version"); got.stdout != "abc\n" {
+		t.Errorf("version: %+v", got)
+	}
+}

@@ -1,0 +1,81 @@
+package command
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"sync"
+
+	"github.com/spf13/cobra"
+
+	"github.com/nomad-site/site/internal/blob"
+	"github.com/nomad-site/site/internal/sitehost/serve"
+)
+
+func serveCommand(options Options) *cobra.Command {
+	var store, listen, operators string
+	command := &cobra.Command{
+		Use: "serve", Short: "Serve the store's artifacts on loopback", Args: cobra.NoArgs,
+		RunE: func(command *cobra.Command, _ []string) error {
+			server, err := serve.New(command.Context(), serve.Options{
+				Store: store, Listen: listen, Version: options.Version, Operators: operators,
+				Log:    slog.New(slog.NewTextHandler(options.Stderr, nil)),
+				Notify: serve.SystemdNotify(options.NotifySocket),
+			})
+			if err != nil {
+				return err
+			}
+			return server.Run(command.Context())
+		},
+	}
+	command.Flags().StringVar(&store, "store", serve.DefaultStore, "folder of the store")
+	command.Flags().StringVar(&operators, "operators", "/etc/site/operators.jwks", "JWKS file with the operators' public keys")
+	command.Flags().StringVar(&listen, "listen", serve.DefaultListen, "loopback address and port")
+	return command
+}
+
+func receiveCommand(options Options) *cobra.Command {
+	var folder string
+	command := &cobra.Command{
+		Use: "receive", Short: "Receive blobs on standard input", Args: cobra.NoArgs,
+		RunE: func(command *cobra.Command, _ []string) error { return receive(command.Context(), options, folder) },
+	}
+	command.Flags().StringVar(&folder, "store", serve.DefaultStore, "folder of the store")
+	return command
+}
+
+func receive(ctx context.Context, options Options, folder string) (err error) {
+	store, err := blob.OpenStore(folder)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if closeErr := store.Close(); err == nil && closeErr != nil {
+			err = fmt.Errorf("close the store: %w", closeErr)
+		}
+	}()
+	return blob.Receive(ctx, &duplex{reader: options.Stdin, writer: options.Stdout}, store)
+}
+
+// duplex is standard input and output as one connection. Closing it ends a
+// pending read, where the input can be closed.
+type duplex struct {
+	reader io.Reader
+	writer io.Writer
+	once   sync.Once
+	err    error
+}
+
+func (d *duplex) Read(buffer []byte) (int, error)   { return d.reader.Read(buffer) }
+func (d *duplex) Write(content []byte) (int, error) { return d.writer.Write(content) }
+
+// Close implements io.Closer.
+func (d *duplex) Close() error {
+	d.once.Do(func() {
+		if closer, ok := d.reader.(io.Closer); ok {
+			d.err = closer.Close()
+		}
+	})
+	return d.err
+}

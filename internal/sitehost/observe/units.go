@@ -1,0 +1,98 @@
+package observe
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/nomad-site/site/internal/reconcile/host"
+)
+
+type unitState struct {
+	host.ObservedUnit
+	started time.Time
+}
+
+// units asks systemd about all units at once.
+func units(ctx context.Context, run Runner, wanted []host.Unit) (map[string]unitState, error) {
+	if len(wanted) == 0 {
+		return nil, nil
+	}
+	arguments := []string{
+		"show", "--timestamp=us+utc", "--property=Id,LoadState,ActiveState,UnitFileState,NeedDaemonReload,ActiveEnterTimestamp,ExecMainStartTimestamp", "--",
+	}
+	names := make([]string, 0, len(wanted))
+	for _, unit := range wanted {
+		names = append(names, unit.Name)
+	}
+	output, err := run(ctx, "systemctl", append(arguments, names...)...)
+	if err != nil {
+		return nil, fmt.Errorf("ask for units: %w", err)
+	}
+	return parseUnits(string(output), names)
+}
+
+// parseUnits reads one block of properties per unit, in the order they were asked for.
+func parseUnits(output string, names []string) (map[string]unitState, error) {
+	blocks := strings.Split(strings.TrimSpace(output), "\n\n")
+	if len(blocks) != len(names) {
+		return nil, fmt.Errorf("ask for units: %d answers for %d units", len(blocks), len(names))
+	}
+	states := make(map[string]unitState, len(names))
+	for index, block := range blocks {
+		properties := map[string]string{}
+		for line := range strings.Lines(block) {
+			if name, value, ok := strings.Cut(strings.TrimSuffix(line, "\n"), "="); ok {
+				properties[name] = value
+			}
+		}
+		state := unitState{ObservedUnit: host.ObservedUnit{
+			Loaded: properties["LoadState"] == "loaded", Active: properties["ActiveState"],
+			Enabled: properties["UnitFileState"], NeedsReload: properties["NeedDaemonReload"] == "yes",
+		}}
+		// A service has read its files when its main process started, which
+		// can be well before it said that it is ready.
+		started := properties["ExecMainStartTimestamp"]
+		if started == "" {
+			started = properties["ActiveEnterTimestamp"]
+		}
+		if started != "" {
+			var err error
+			if state.started, err = time.Parse("Mon 2006-01-02 15:04:05.999999 MST", started); err != nil {
+				return nil, fmt.Errorf("ask for unit %s: %w", names[index], err)
+			}
+		}
+		states[names[index]] = state
+	}
+	return states, nil
+}
+
+// units adds which running units are older than what they run on.
+func (o Observer) units(document host.Document, states map[string]unitState, observation *host.Observation) error {
+	observation.Units = map[string]host.ObservedUnit{}
+	for _, unit := range document.Units {
+		state := states[unit.Name]
+		running := state.Active == "active" || state.Active == "reloading" || state.Active == "activating"
+		for _, path := range unit.RestartOn {
+			if !running || state.started.IsZero() || state.Stale != "" {
+				break
+			}
+			info, err := os.Stat(o.path(path))
+			if errors.Is(err, fs.ErrNotExist) {
+				continue // the file's own difference; once it is there it is newer
+			}
+			if err != nil {
+				return fmt.Errorf("look at %s: %w", path, err)
+			}
+			if info.ModTime().After(state.started) {
+				state.Stale = path
+			}
+		}
+		observation.Units[unit.Name] = state.ObservedUnit
+	}
+	return nil
+}
