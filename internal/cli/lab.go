@@ -129,7 +129,7 @@ func printLab(env Environment, flags *globalFlags, command *cobra.Command, it *l
 	writer := tabwriter.NewWriter(env.Out, 0, 0, 3, ' ', 0)
 	_, _ = fmt.Fprintln(writer, "HOST\tRUNNING\tADDRESS")
 	for _, host := range status.Hosts {
-		_, _ = fmt.Fprintf(writer, "%s\t%t\t127.0.0.1:%d\n", host.Name, host.Running, host.Port)
+		_, _ = fmt.Fprintf(writer, "%s\t%t\t%s:%d\n", host.Name, host.Running, host.Address, host.Port)
 	}
 	if status.Store != nil {
 		_, _ = fmt.Fprintf(writer, "object store\t%t\t%s\n", status.Store.Running, status.Store.Endpoint)

@@ -23,6 +23,7 @@ import (
 	"github.com/nomad-site/site/internal/adapter/ssh"
 	"github.com/nomad-site/site/internal/plan"
 	"github.com/nomad-site/site/internal/reconcile/host"
+	"github.com/nomad-site/site/internal/retry"
 	"github.com/nomad-site/site/internal/seal"
 	"github.com/nomad-site/site/internal/sitehost/lease"
 )
@@ -244,7 +245,7 @@ func (s *session) sealInitMaterial() plan.Step {
 				if err := writePrivate(local(), desired); err != nil {
 					return err
 				}
-				s.options.Warn(fmt.Sprintf("commit %s: the site cannot be recovered without it", s.initPath()))
+				s.warnUncommitted(ctx)
 			}
 			return s.each(ctx, s.servers(), func(ctx context.Context, h *remoteHost) error {
 				if bytes.Equal(actual.hosts[h.Name], desired) {
@@ -408,6 +409,7 @@ func (s *session) hostStep(title string, keep func(plan.Change) bool,
 		Diff: func(_ struct{}, documents perHost[host.Document]) []plan.Change {
 			return slices.DeleteFunc(s.diffHosts(documents), func(change plan.Change) bool { return !keep(change) })
 		},
+		Settled: func(ctx context.Context, _ struct{}) error { return s.hostsSettled(ctx, keep) },
 		Converge: func(ctx context.Context, _ struct{}, documents perHost[host.Document], changes []plan.Change, progress plan.Progress) error {
 			defer func() {
 				for _, h := range s.hosts {
@@ -417,6 +419,57 @@ func (s *session) hostStep(title string, keep func(plan.Change) bool,
 			return converge(ctx, documents, changes, progress)
 		},
 	}
+}
+
+// hostsSettled waits until nothing differs any more: units take a moment to
+// start. One that does not start is explained by its journal.
+func (s *session) hostsSettled(ctx context.Context, keep func(plan.Change) bool) error {
+	var left []plan.Change
+	err := retry.Until(ctx, "the host to be as its document says", min(settleLimit, s.left()), func(ctx context.Context) error {
+		for _, h := range s.hosts {
+			h.observed = nil
+		}
+		documents, err := s.observeHosts(ctx)
+		if err != nil {
+			return retry.Permanent(err)
+		}
+		left = slices.DeleteFunc(s.diffHosts(documents), func(change plan.Change) bool { return !keep(change) })
+		if len(left) == 0 {
+			return nil
+		}
+		err = &plan.NotSettledError{Left: left}
+		if !slices.ContainsFunc(left, func(change plan.Change) bool { return change.Kind == "unit" }) {
+			return retry.Permanent(err)
+		}
+		return err
+	})
+	var timeout *retry.TimeoutError
+	if !errors.As(err, &timeout) {
+		return err
+	}
+	for _, change := range left {
+		if change.Kind == "unit" {
+			return plan.WithHint(fmt.Errorf("%w%s", err, s.journal(ctx, change)), "see `journalctl -u %s` on %s", change.Target, change.Host)
+		}
+	}
+	return err
+}
+
+// settleLimit bounds how long units may take to be active.
+const settleLimit = 30 * time.Second
+
+// journal is the end of a unit's journal, to be put behind an error.
+func (s *session) journal(ctx context.Context, change plan.Change) string {
+	for _, h := range s.hosts {
+		if h.Name != change.Host {
+			continue
+		}
+		output, err := h.conn.Run(ctx, ssh.Command{Args: []string{"journalctl", "--unit", change.Target, "--lines", "8", "--no-pager", "--output", "cat"}})
+		if err == nil && len(output) > 0 {
+			return "; its journal ends with:\n  " + strings.ReplaceAll(strings.TrimSpace(string(output)), "\n", "\n  ")
+		}
+	}
+	return ""
 }
 
 // installPackages installs the locked .deb closure offline: the host fetches nothing.

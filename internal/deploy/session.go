@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -24,7 +25,8 @@ import (
 // session is one run: what was read of the repository, and the connections.
 // Steps share it; each fills in what later steps need.
 type session struct {
-	options Options
+	options    Options
+	repository *git.Repository
 	// root is the work tree, tree the exported commit.
 	root, sha, tree, treeID string
 	site                    *site.Site
@@ -118,18 +120,33 @@ func (s *session) readRepository(ctx context.Context) error {
 	if err := s.checkOnly(); err != nil {
 		return err
 	}
-	dirty, err := repository.Dirty(ctx)
+	s.repository = repository
+	s.warnUncommitted(ctx)
+	return nil
+}
+
+// warnUncommitted names what is in the work tree and not part of this run.
+func (s *session) warnUncommitted(ctx context.Context) {
+	dirty, err := s.repository.Dirty(ctx)
 	if err != nil {
-		return err
+		s.options.Warn(err.Error())
+		return
 	}
+	var others []string
 	for _, path := range dirty {
 		if path == s.initPath() {
-			s.options.Warn(fmt.Sprintf("%s is not committed: commit it, the site cannot be recovered without it", path))
-			continue
+			s.options.Warn(fmt.Sprintf("commit %s: the site cannot be recovered without it", path))
+		} else if path != s.knownHostsName() {
+			others = append(others, path)
 		}
-		s.options.Warn(fmt.Sprintf("%s has uncommitted changes, which are not part of this run", path))
 	}
-	return nil
+	const shown = 5
+	switch {
+	case len(others) > shown:
+		s.options.Warn(fmt.Sprintf("uncommitted changes are not part of this run: %s and %d more", strings.Join(others[:shown], ", "), len(others)-shown))
+	case len(others) > 0:
+		s.options.Warn("uncommitted changes are not part of this run: " + strings.Join(others, ", "))
+	}
 }
 
 func (s *session) checkOnly() error {
@@ -229,8 +246,10 @@ func (s *session) connect(ctx context.Context) error {
 	return nil
 }
 
+func (s *session) knownHostsName() string { return "sites/" + s.options.Site + "/known_hosts" }
+
 func (s *session) knownHostsPath() string {
-	return filepath.Join(s.root, "sites", s.site.Name, "known_hosts")
+	return filepath.Join(s.root, filepath.FromSlash(s.knownHostsName()))
 }
 
 func (s *session) sshConfigPath() string {

@@ -4,7 +4,6 @@ package ansible
 import (
 	"bufio"
 	"context"
-	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -13,7 +12,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -51,6 +49,7 @@ type vars struct {
 	Become      bool          `json:"ansible_become"`
 	Document    host.Document `json:"site_document"`
 	Applied     host.Document `json:"site_applied"`
+	Contents    string        `json:"site_contents"`
 	Targets     []string      `json:"site_targets"`
 	Restart     []string      `json:"site_restart"`
 }
@@ -83,12 +82,16 @@ func (r Runner) Apply(ctx context.Context, hosts []Host, progress plan.Progress)
 	if err := os.CopyFS(filepath.Join(folder, "playbook"), r.Playbook); err != nil {
 		return fmt.Errorf("unpack the host playbook: %w", err)
 	}
+	contents := filepath.Join(folder, "contents")
+	if err := writeContents(contents, hosts); err != nil {
+		return err
+	}
 	inventory := map[string]any{}
 	hostVars := map[string]vars{}
 	for _, h := range hosts {
 		hostVars[h.Name] = vars{
 			SSHArgs: "-F " + h.SSHConfig, Interpreter: "/usr/bin/python3", Become: h.Sudo,
-			Document: encodeContents(h.Document), Applied: h.Document.Public(),
+			Document: h.Document.Public(), Applied: h.Document.Public(), Contents: contents,
 			Targets: notNil(h.Targets), Restart: notNil(h.Restart),
 		}
 	}
@@ -187,14 +190,20 @@ func failureMessage(text string) string {
 	return result.Msg
 }
 
-// encodeContents gives the files' contents in base64: Ansible would otherwise
-// look for template expressions in them.
-func encodeContents(document host.Document) host.Document {
-	document.Files = slices.Clone(document.Files)
-	for i := range document.Files {
-		document.Files[i].Content = base64.StdEncoding.EncodeToString([]byte(document.Files[i].Content))
+// writeContents keeps the contents of all files, by digest, private from the
+// first byte: there are secrets among them.
+func writeContents(folder string, hosts []Host) error {
+	if err := os.Mkdir(folder, 0o700); err != nil {
+		return fmt.Errorf("ansible work folder: %w", err)
 	}
-	return document
+	for _, h := range hosts {
+		for _, file := range h.Document.Files {
+			if err := os.WriteFile(filepath.Join(folder, file.SHA256), []byte(file.Content), 0o600); err != nil {
+				return fmt.Errorf("content of %s: %w", file.Path, err)
+			}
+		}
+	}
+	return nil
 }
 
 func notNil(list []string) []string {

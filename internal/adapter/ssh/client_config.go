@@ -2,7 +2,6 @@ package ssh
 
 import (
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -124,6 +123,3 @@ func writeFile(path, content string) error {
 	}
 	return err
 }
-
-// Address is host:port as dialled.
-func (c *Conn) Address() string { return net.JoinHostPort(c.host.hostName, fmt.Sprint(c.host.port)) }

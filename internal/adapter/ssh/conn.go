@@ -227,6 +227,9 @@ func (c *Conn) presentedInstead(ctx context.Context, keys *keychain, failure err
 // Name is how messages call the host.
 func (c *Conn) Name() string { return c.host.name }
 
+// Address is host:port as dialled.
+func (c *Conn) Address() string { return c.host.address() }
+
 // User is the login user.
 func (c *Conn) User() string { return c.host.user }
 

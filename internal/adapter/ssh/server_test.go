@@ -166,6 +166,8 @@ func (s *server) start() {
 	s.log = &lockedBuffer{}
 	s.process = exec.Command(need(s.t, "sshd"), "-D", "-e", "-f", s.path("sshd_config"))
 	s.process.Stderr = s.log
+	// A session that a failed test left open holds stderr.
+	s.process.WaitDelay = time.Second
 	s.process.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := s.process.Start(); err != nil {
 		s.t.Fatal(err)

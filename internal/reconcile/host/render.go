@@ -84,7 +84,7 @@ func (e *NeedsCredentialsError) Hint() string {
 func Render(in Input) (Document, error) {
 	values := map[string]any{
 		"Host": in.Host.Name, "Region": in.Site.Region, "Datacenter": in.Site.Datacenter,
-		"Address": in.Address, "ServerAddresses": in.ServerAddresses, "Servers": len(in.ServerAddresses),
+		"Address": in.Address, "AddressBits": addressBits(in.Address), "ServerAddresses": in.ServerAddresses, "Servers": len(in.ServerAddresses),
 		"Server": in.Host.Server, "Client": in.Host.Client,
 		"FingerprintDenylist": strings.Join(in.Site.FingerprintDenylist, ","),
 	}
@@ -144,6 +144,14 @@ func Render(in Input) (Document, error) {
 		{Name: "nomad.service", RestartOn: nomadFiles},
 	}
 	return document, nil
+}
+
+// addressBits makes a network of a single address.
+func addressBits(address string) string {
+	if strings.Contains(address, ":") {
+		return "/128"
+	}
+	return "/32"
 }
 
 // secretFiles come from the credentials or, without them, stay what they are.
