@@ -84,7 +84,7 @@ func (e *NeedsCredentialsError) Hint() string {
 func Render(in Input) (Document, error) {
 	values := map[string]any{
 		"Host": in.Host.Name, "Region": in.Site.Region, "Datacenter": in.Site.Datacenter,
-		"Address": in.Address, "AddressBits": addressBits(in.Address), "ServerAddresses": in.ServerAddresses, "Servers": len(in.ServerAddresses),
+		"Address": in.Address, "AddressPattern": addressPattern(in.Address), "ServerAddresses": in.ServerAddresses, "Servers": len(in.ServerAddresses),
 		"Server": in.Host.Server, "Client": in.Host.Client,
 		"FingerprintDenylist": strings.Join(in.Site.FingerprintDenylist, ","),
 	}
@@ -146,12 +146,10 @@ func Render(in Input) (Document, error) {
 	return document, nil
 }
 
-// addressBits makes a network of a single address.
-func addressBits(address string) string {
-	if strings.Contains(address, ":") {
-		return "/128"
-	}
-	return "/32"
+// addressPattern is a regular expression without backslashes, which would have
+// to be escaped twice on their way through HCL and a template.
+func addressPattern(address string) string {
+	return "^" + strings.ReplaceAll(address, ".", "[.]") + "(/[0-9]+)?$"
 }
 
 // secretFiles come from the credentials or, without them, stay what they are.
