@@ -214,7 +214,7 @@ func (s *session) rollOut(ctx context.Context, desired []*nomad.Prepared, actual
 			continue
 		}
 		group.Go(func() error {
-			if err := s.rollOutOne(ctx, one, actual[id].ModifyIndex, progress); err != nil {
+			if err := s.rollOutOne(ctx, one, actual[id], progress); err != nil {
 				mutex.Lock()
 				defer mutex.Unlock()
 				problems = append(problems, err)
@@ -230,10 +230,13 @@ func (s *session) rollOut(ctx context.Context, desired []*nomad.Prepared, actual
 	return errors.Join(problems...)
 }
 
-func (s *session) rollOutOne(ctx context.Context, one *nomad.Prepared, modifyIndex uint64, progress plan.Progress) error {
-	registered, err := s.nomad.Register(ctx, one, modifyIndex)
-	if err != nil {
-		return err
+func (s *session) rollOutOne(ctx context.Context, one *nomad.Prepared, have job.Actual, progress plan.Progress) error {
+	registered := &nomad.Registration{JobID: one.Desired.JobID, Version: have.Version, ModifyIndex: have.ModifyIndex}
+	if !job.OnlyWaits(one.Desired, have) {
+		var err error
+		if registered, err = s.nomad.Register(ctx, one, have.ModifyIndex); err != nil {
+			return err
+		}
 	}
 	for _, warning := range registered.Warnings {
 		s.options.Warn(fmt.Sprintf("job %s: %s", one.Desired.JobID, warning))

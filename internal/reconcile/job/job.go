@@ -162,6 +162,14 @@ func diffOne(want Desired, have Actual) (plan.Change, bool) {
 	return change, true
 }
 
+// OnlyWaits reports whether a job that differs was registered as wanted and is
+// on its way: it is waited for, not registered again.
+func OnlyWaits(want Desired, have Actual) bool {
+	_, differs := diffOne(want, have)
+	return differs && have.Ours(want.Site) && have.SpecDigest == want.SpecDigest &&
+		!have.Stopped && len(have.PlanDiff) == 0 && have.Health.Waiting
+}
+
 func specReason(want Desired, have Actual) string {
 	var names []string
 	for name, digest := range want.Artifacts {
