@@ -34,6 +34,7 @@ func Deploy(ctx context.Context, options Options) (plan.Result, error) {
 		return []plan.Step{
 			s.checkInputs(),
 			s.connectHosts(),
+			s.refuseBareHosts(),
 			s.placeSiteHost(),
 			s.takeLock("deploy"),
 			s.sendPlatformArtifacts(),

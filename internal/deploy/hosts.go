@@ -1,17 +1,10 @@
 package deploy
 
 import (
-	"bufio"
-	"bytes"
 	"context"
-	"crypto/rand"
-	"crypto/sha256"
-	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
-	"os/user"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -24,273 +17,28 @@ import (
 	"github.com/nomad-site/site/internal/plan"
 	"github.com/nomad-site/site/internal/reconcile/host"
 	"github.com/nomad-site/site/internal/retry"
-	"github.com/nomad-site/site/internal/seal"
-	"github.com/nomad-site/site/internal/sitehost/lease"
 )
 
 func (s *session) connectHosts() plan.Step {
 	return check{title: "connect", run: s.connect}
 }
 
-// placeSiteHost puts our static binary on every host over plain SSH: it is the
-// first thing there, and all that comes later goes through it.
-func (s *session) placeSiteHost() plan.Step {
-	type wanted map[string][]byte // by platform
-	return &plan.Reconciler[wanted, perHost[string]]{
-		Title: "site-host",
-		Desire: func(context.Context) (wanted, error) {
-			desired := wanted{}
-			for _, h := range s.hosts {
-				content, err := s.options.Platform.SiteHost(h.platform)
-				if err != nil {
-					return nil, err
-				}
-				desired[h.platform] = content
+// refuseBareHosts ends a daily deploy before it touches a host that only a
+// bootstrap can finish. A plan goes on and says what it cannot know.
+func (s *session) refuseBareHosts() plan.Step {
+	return check{title: "hosts are bootstrapped", run: func(context.Context) error {
+		var bare []string
+		for _, h := range s.hosts {
+			if h.siteHostDigest == "" {
+				bare = append(bare, h.Name)
 			}
-			return desired, nil
-		},
-		Observe: func(ctx context.Context, _ wanted) (perHost[string], error) {
-			actual := perHost[string]{}
-			for _, h := range s.hosts {
-				actual[h.Name] = h.siteHostDigest
-			}
-			return actual, nil
-		},
-		Diff: func(desired wanted, actual perHost[string]) []plan.Change {
-			var changes []plan.Change
-			for _, h := range s.hosts {
-				content := desired[h.platform]
-				change := plan.Change{
-					Action: plan.Upload, Kind: "binary", Host: h.Name, Target: host.SiteHostPath, Bytes: int64(len(content)),
-				}
-				switch digest := actual[h.Name]; {
-				case digest == hexSum(content):
-					continue
-				case digest == "":
-					change.Reason = "missing"
-				default:
-					change.Reason = "another version"
-				}
-				changes = append(changes, change)
-			}
-			return changes
-		},
-		Converge: func(ctx context.Context, desired wanted, _ perHost[string], _ []plan.Change, progress plan.Progress) error {
-			return s.each(ctx, s.hosts, func(ctx context.Context, h *remoteHost) error {
-				content := desired[h.platform]
-				digest := hexSum(content)
-				if h.siteHostDigest == digest {
-					return nil
-				}
-				_, err := ssh.PutBinary(ctx, h.conn, bytes.NewReader(content), int64(len(content)), digest, host.SiteHostPath, 0o755,
-					func(done, total int64) { progress.Bytes("site-host to "+h.Name, done, total) })
-				if err == nil {
-					h.siteHostDigest = digest
-				}
-				return err
-			})
-		},
-	}
-}
-
-func hexSum(content []byte) string {
-	sum := sha256.Sum256(content)
-	return hex.EncodeToString(sum[:])
-}
-
-// takeLock holds the site's lock on the first server host until the session
-// ends. A dry run takes none: it writes nothing.
-func (s *session) takeLock(reason string) plan.Step {
-	return check{title: "lock", run: func(ctx context.Context) error {
-		if s.options.DryRun {
+		}
+		if len(bare) == 0 || s.options.DryRun || s.material != nil {
 			return nil
 		}
-		h := s.servers()[0]
-		id := rand.Text()
-		args := []string{
-			host.SiteHostPath, "lock", "acquire", "--hold", "--file", host.LockPath, "--id", id,
-			"--holder", holderName(), "--reason", reason, "--lease", "60s",
-		}
-		if s.options.TakeOverLock != "" {
-			args = append(args, "--takeover", s.options.TakeOverLock)
-		}
-		// Not ctx: the lock must outlive a cancelled run until its clean-up is done.
-		holding, err := h.conn.Start(context.WithoutCancel(ctx), args)
-		if err != nil {
-			return err
-		}
-		line, readErr := bufio.NewReader(holding).ReadBytes('\n')
-		var current lease.Lock
-		if readErr == nil {
-			readErr = json.Unmarshal(line, &current)
-		}
-		if readErr != nil {
-			_ = holding.CloseWrite()
-			err := holding.Wait()
-			return fmt.Errorf("take the lock on %s: %w", h.Name, errors.Join(err, readErr))
-		}
-		if current.ID != id { // refused: it printed the lock that is held
-			_ = holding.Close()
-			return &LockedError{
-				Site: s.site.Name, ID: current.ID, Holder: current.Holder, Reason: current.Reason,
-				Since: current.Since, Until: current.LeaseUntil,
-			}
-		}
-		s.onClose(func() {
-			_ = holding.CloseWrite() // site-host releases the lock at the end of its input
-			_ = holding.Wait()
-		})
-		return nil
+		return plan.WithHint(fmt.Errorf("not bootstrapped yet: %s", strings.Join(bare, ", ")),
+			"run `site bootstrap-deploy --site=%s --openbao-site-root-token-file=FILE`", s.site.Name)
 	}}
-}
-
-// holderName tells other operators who holds the lock.
-func holderName() string {
-	name := "unknown"
-	if current, err := user.Current(); err == nil {
-		name = current.Username
-	}
-	machine, err := os.Hostname()
-	if err != nil {
-		return name
-	}
-	return name + "@" + machine
-}
-
-// sealInitMaterial generates what must exist before there is a secrets engine,
-// and keeps it in git and on the server hosts before anything uses it.
-func (s *session) sealInitMaterial() plan.Step {
-	type copies struct {
-		local bool
-		hosts perHost[[]byte]
-	}
-	local := func() string { return filepath.Join(s.root, filepath.FromSlash(s.initPath())) }
-	return &plan.Reconciler[[]byte, copies]{
-		Title: "init material",
-		Desire: func(ctx context.Context) ([]byte, error) {
-			if s.rootToken.IsZero() {
-				return nil, plan.WithHint(errors.New("a bootstrap needs the site root token"),
-					"give it with --root-token-file=FILE; make one with `site root-token new FILE`")
-			}
-			if s.material != nil {
-				return s.material.sealed, nil
-			}
-			if err := s.recoverMaterial(ctx); err != nil {
-				return nil, err
-			}
-			if s.material != nil {
-				return s.material.sealed, nil
-			}
-			material, err := seal.New(s.site.Name, time.Now())
-			if err != nil {
-				return nil, err
-			}
-			sealed, err := seal.Seal(material, s.rootToken)
-			if err != nil {
-				return nil, err
-			}
-			s.material = &materialState{Material: material, sealed: sealed, generated: true}
-			return sealed, nil
-		},
-		Observe: func(ctx context.Context, desired []byte) (copies, error) {
-			actual := copies{hosts: perHost[[]byte]{}}
-			content, err := os.ReadFile(local())
-			if err != nil && !errors.Is(err, os.ErrNotExist) {
-				return actual, fmt.Errorf("init material: %w", err)
-			}
-			actual.local = bytes.Equal(content, desired)
-			var mutex sync.Mutex
-			err = s.each(ctx, s.servers(), func(ctx context.Context, h *remoteHost) error {
-				content, err := h.readFile(ctx, host.InitPath)
-				mutex.Lock()
-				defer mutex.Unlock()
-				actual.hosts[h.Name] = content
-				return err
-			})
-			return actual, err
-		},
-		Diff: func(desired []byte, actual copies) []plan.Change {
-			var changes []plan.Change
-			if !actual.local {
-				changes = append(changes, plan.Change{Action: plan.Create, Kind: "file", Target: s.initPath(), Reason: "the sealed init material belongs in git"})
-			}
-			for _, h := range s.servers() {
-				change := plan.Change{Action: plan.Create, Kind: "file", Host: h.Name, Target: host.InitPath, Reason: "missing"}
-				switch have := actual.hosts[h.Name]; {
-				case bytes.Equal(have, desired):
-					continue
-				case len(have) > 0:
-					change.Action, change.Reason = plan.Update, "differs from "+s.initPath()
-				}
-				changes = append(changes, change)
-			}
-			return changes
-		},
-		Converge: func(ctx context.Context, desired []byte, actual copies, _ []plan.Change, _ plan.Progress) error {
-			for name, have := range actual.hosts {
-				if len(have) == 0 || bytes.Equal(have, desired) {
-					continue
-				}
-				// Another material may be what the site runs on: it must open, and be the same.
-				existing, err := seal.Open(have, s.rootToken, s.site.Name, name+":"+host.InitPath)
-				if err != nil {
-					return err
-				}
-				if existing.NomadManagementToken.Reveal() != s.material.NomadManagementToken.Reveal() {
-					return plan.WithHint(fmt.Errorf("%s on %s and %s hold different init material", host.InitPath, name, s.initPath()),
-						"the host's copy is what the site runs on: move %s away and run this again", s.initPath())
-				}
-			}
-			if !actual.local {
-				if err := writePrivate(local(), desired); err != nil {
-					return err
-				}
-				s.warnUncommitted(ctx)
-			}
-			return s.each(ctx, s.servers(), func(ctx context.Context, h *remoteHost) error {
-				if bytes.Equal(actual.hosts[h.Name], desired) {
-					return nil
-				}
-				return h.siteHost(ctx, desired, nil, "file", "put", host.InitPath, "--mode", "0600")
-			})
-		},
-	}
-}
-
-// recoverMaterial takes the host's copy where the work tree has none, as after
-// a fresh clone of a commit that lacks it.
-func (s *session) recoverMaterial(ctx context.Context) error {
-	for _, h := range s.servers() {
-		sealed, err := h.readFile(ctx, host.InitPath)
-		if err != nil {
-			return err
-		}
-		if len(sealed) > 0 {
-			return s.openMaterial(sealed, h.Name+":"+host.InitPath)
-		}
-	}
-	return nil
-}
-
-// writePrivate writes a file that is private from its first byte.
-func writePrivate(path string, content []byte) error {
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return fmt.Errorf("write %s: %w", path, err)
-	}
-	file, err := os.CreateTemp(filepath.Dir(path), ".new-*") // mode 0600
-	if err != nil {
-		return fmt.Errorf("write %s: %w", path, err)
-	}
-	_, err = file.Write(content)
-	err = errors.Join(err, file.Sync(), file.Close())
-	if err == nil {
-		err = os.Rename(file.Name(), path)
-	}
-	if err != nil {
-		_ = os.Remove(file.Name())
-		return fmt.Errorf("write %s: %w", path, err)
-	}
-	return nil
 }
 
 // document renders what h must be.
