@@ -6,6 +6,7 @@ import (
 	"context"
 	"debug/elf"
 	"encoding/json"
+	"errors"
 	"io"
 	"net/http"
 	"os"
@@ -144,7 +145,7 @@ func TestTheExecutableIsStaticReceivesServesAndStops(t *testing.T) {
 		t.Fatalf("%v, %v", held, err)
 	}
 	refused, err := exec.CommandContext(ctx, executable, "lock", "acquire", "--holder=ben", "--file="+lock).Output()
-	if exit, ok := err.(*exec.ExitError); !ok || exit.ExitCode() != 5 || !strings.Contains(string(refused), `"holder":"anna"`) {
+	if exit := (*exec.ExitError)(nil); !errors.As(err, &exit) || exit.ExitCode() != 5 || !strings.Contains(string(refused), `"holder":"anna"`) {
 		t.Errorf("while it is held: %q, %v", refused, err)
 	}
 	_ = client.Close()

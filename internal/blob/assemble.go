@@ -87,7 +87,7 @@ func (s *Store) join(w io.Writer, manifest Manifest) error {
 	files := map[Digest]*os.File{}
 	defer func() {
 		for _, file := range files {
-			file.Close()
+			_ = file.Close()
 		}
 	}()
 	buffer := make([]byte, MaxChunkSize)

@@ -22,7 +22,7 @@ func ParseDigest(text string) (Digest, error) {
 	}
 	for _, c := range []byte(digits) {
 		if (c < '0' || c > '9') && (c < 'a' || c > 'f') {
-			return "", fmt.Errorf("parse digest %.100q: only 0-9 and a-f are allowed after sha256:", text)
+			return "", fmt.Errorf("parse digest %.100q: what follows sha256: is not of 0-9 and a-f", text)
 		}
 	}
 	return Digest(text), nil

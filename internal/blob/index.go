@@ -219,7 +219,7 @@ func (s *Store) readIndexed(ref ChunkRef, at location, files map[Digest]*os.File
 		const mostOpen = 64
 		if len(files) >= mostOpen {
 			for digest, old := range files {
-				old.Close()
+				_ = old.Close()
 				delete(files, digest)
 			}
 		}

@@ -67,7 +67,7 @@ func OpenStore(dir string) (*Store, error) {
 	decoder, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(0),
 		zstd.WithDecoderMaxMemory(MaxChunkSize))
 	if err != nil {
-		root.Close()
+		_ = root.Close()
 		return nil, fmt.Errorf("open store: %w", err)
 	}
 	s := &Store{dir: absolute, root: root, chunks: decoder}
@@ -147,7 +147,7 @@ func (s *Store) openDir(name string) (*os.Root, error) {
 		var part string
 		part, rest = cutPath(rest)
 		next, err := openPlainDir(current, part)
-		current.Close()
+		_ = current.Close()
 		if err != nil {
 			var unsafe *UnsafeEntryError
 			if errors.As(err, &unsafe) {
@@ -179,7 +179,7 @@ func openPlainDir(parent *os.Root, name string) (*os.Root, error) {
 		err = &UnsafeEntryError{Path: name}
 	}
 	if err != nil {
-		dir.Close()
+		_ = dir.Close()
 		return nil, err
 	}
 	return dir, nil
@@ -208,7 +208,7 @@ func (s *Store) openFile(dir, name string) (*os.File, fs.FileInfo, error) {
 		err = &UnsafeEntryError{Path: s.path(dir, name)}
 	}
 	if err != nil {
-		file.Close()
+		_ = file.Close()
 		return nil, nil, err
 	}
 	return file, opened, nil
@@ -286,10 +286,10 @@ func (s *Store) lock(how int) (unlock func(), err error) {
 		}
 	}
 	if err != nil {
-		file.Close()
+		_ = file.Close()
 		return nil, fmt.Errorf("lock %s: %w", s.path(lockFile), err)
 	}
-	return func() { file.Close() }, nil
+	return func() { _ = file.Close() }, nil
 }
 
 // write puts content at dir/name: temporary file, rename. Durable files are
@@ -305,8 +305,8 @@ func (s *Store) write(dir, name string, durable bool, fill func(io.Writer) error
 	if err != nil {
 		return err
 	}
-	target.Close()
-	temp := fmt.Sprintf("%s.%016x", name, rand.Uint64())
+	_ = target.Close()
+	temp := fmt.Sprintf("%s.%016x", name, rand.Uint64()) //nolint:gosec // O_EXCL, not luck, keeps writers apart
 	file, err := temps.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return diskError("create", s.path(tempDir, temp), err)

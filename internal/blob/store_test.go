@@ -9,13 +9,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/nomad-site/site/internal/retry"
+	"github.com/nomad-site/site/internal/testneeds"
 )
 
 func TestAssembledBlobIsServedAndItsChunksAreGone(t *testing.T) {
@@ -250,19 +250,19 @@ func TestSymlinkIsRefused(t *testing.T) {
 			_, err := store.Open(m.Digest)
 			return err
 		},
-		"as the folder of blobs, at open": func(t *testing.T, store *Store, m Manifest) error {
+		"as the folder of blobs, at open": func(t *testing.T, store *Store, _ Manifest) error {
 			replaceBySymlink(t, store.path("blobs"), "elsewhere")
 			_, err := OpenStore(store.Dir())
 			return err
 		},
-		"as an arrived chunk": func(t *testing.T, store *Store, m Manifest) error {
+		"as an arrived chunk": func(t *testing.T, store *Store, _ Manifest) error {
 			if err := os.Symlink("/etc/passwd", store.path(incomingDir, digestA.Hex())); err != nil {
 				t.Fatal(err)
 			}
 			_, err := store.Missing([]Digest{digestA})
 			return err
 		},
-		"as the lock": func(t *testing.T, store *Store, m Manifest) error {
+		"as the lock": func(t *testing.T, store *Store, _ Manifest) error {
 			if err := errors.Join(os.Remove(store.path(lockFile)), os.Symlink("tmp/x", store.path(lockFile))); err != nil {
 				t.Fatal(err)
 			}
@@ -275,7 +275,7 @@ func TestSymlinkIsRefused(t *testing.T) {
 			_, err := store.Name("lab", "hello", m.Digest)
 			return err
 		},
-		"as the store itself": func(t *testing.T, store *Store, m Manifest) error {
+		"as the store itself": func(t *testing.T, store *Store, _ Manifest) error {
 			link := filepath.Join(t.TempDir(), "link")
 			if err := os.Symlink(store.Dir(), link); err != nil {
 				t.Fatal(err)
@@ -283,7 +283,7 @@ func TestSymlinkIsRefused(t *testing.T) {
 			_, err := OpenStore(link)
 			return err
 		},
-		"where new files go": func(t *testing.T, store *Store, m Manifest) error {
+		"where new files go": func(t *testing.T, store *Store, _ Manifest) error {
 			replaceBySymlink(t, store.path(incomingDir), "elsewhere")
 			return store.PutChunk(digestA, compress(t, []byte("a")))
 		},
@@ -508,12 +508,7 @@ func TestKilledWriterLeavesOnlyProvenBlobs(t *testing.T) {
 
 // A full disk needs a small file system of its own, and so needs root.
 func TestFullDiskIsNamed(t *testing.T) {
-	if runtime.GOOS != "linux" || os.Getuid() != 0 {
-		if os.Getenv("CI") != "" {
-			t.Fatal("needs root on Linux, and CI may not skip it")
-		}
-		t.Skip("needs root on Linux")
-	}
+	testneeds.Root(t)
 	small := t.TempDir()
 	if err := mountSmall(small); err != nil {
 		t.Fatal(err)

@@ -127,7 +127,7 @@ func (s *sending) readSources(ctx context.Context, need []rawDigest, free, work,
 	var reader SourceReader
 	defer func() {
 		if reader != nil {
-			reader.Close()
+			_ = reader.Close()
 		}
 	}()
 	for _, raw := range need {
@@ -141,7 +141,7 @@ func (s *sending) readSources(ctx context.Context, need []rawDigest, free, work,
 		source := s.offer.Blobs[at.blob].Source
 		if at.blob != opened {
 			if reader != nil {
-				reader.Close()
+				_ = reader.Close()
 			}
 			var err error
 			if reader, err = source.Open(); err != nil {

@@ -19,7 +19,7 @@ func newDebs(env Environment, _ *globalFlags) *cobra.Command {
 		Long: `Hosts install nothing but the packages of a lock, offline. A lock names each
 package with its version and digest. Debian's mirrors drop superseded versions:
 then the locks are resolved anew with this command, on a Debian machine.
-` + exitCodesHelp,
+`,
 	}
 	command.PersistentFlags().StringVar(&folder, "folder", folder, "where the *.lock.json files lie")
 	each := func(work func(path string, lock debian.Lock) error) error {

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -10,6 +11,7 @@ import (
 	"github.com/jedib0t/go-pretty/v6/table"
 	"github.com/spf13/cobra"
 
+	"github.com/nomad-site/site/internal/adapter/nomad"
 	"github.com/nomad-site/site/internal/deploy"
 	"github.com/nomad-site/site/internal/plan"
 )
@@ -54,7 +56,7 @@ func newBootstrapDeploy(env Environment, flags *globalFlags) *cobra.Command {
 pinned packages, Nomad with its podman driver, then the site's components from
 the content of one commit. Whatever is wrong with the inputs is said before the
 first remote access. Running it again resumes, and changes nothing when all is done.
-` + exitCodesHelp,
+`,
 		Example: "  site bootstrap-deploy --site=gamma --sha=$(git rev-parse HEAD) --openbao-site-root-token-file=FILE",
 		Args:    cobra.NoArgs,
 		RunE: func(command *cobra.Command, _ []string) error {
@@ -82,7 +84,7 @@ func newDeploy(env Environment, flags *globalFlags) *cobra.Command {
 		Long: `Brings the content of a commit to a site that was bootstrapped: only what
 differs is touched, only the chunks that are missing travel. You log in with
 your SSH key, if it is an operator's in site.hcl.
-` + exitCodesHelp,
+`,
 		Example: "  site deploy --site=gamma\n  site deploy --site=gamma --only=hello",
 		Args:    cobra.NoArgs,
 		RunE: func(command *cobra.Command, _ []string) error {
@@ -107,7 +109,7 @@ func newPlan(env Environment, flags *globalFlags) *cobra.Command {
 		Short: "Show what a deploy would change",
 		Long: `Walks the same steps as a deploy and stops before each write: host, artifacts
 with the bytes to send, and jobs. It takes no lock and writes nothing.
-` + exitCodesHelp,
+`,
 		Args: cobra.NoArgs,
 		RunE: func(command *cobra.Command, _ []string) error {
 			options, err := run.runOptions(env, flags)
@@ -142,13 +144,8 @@ func printPlan(w io.Writer, result plan.Result, verbose bool) {
 		if outcome.Unknown != "" {
 			_, _ = fmt.Fprintf(w, "? %s: unknown until %q is applied\n", outcome.Step, outcome.Unknown)
 		}
-		for _, change := range outcome.Changes {
-			_, _ = fmt.Fprintf(w, "%s %s\n", sign(change.Action), change)
-			if verbose {
-				for _, detail := range change.Details {
-					_, _ = fmt.Fprintf(w, "      %s\n", detail)
-				}
-			}
+		for _, line := range changeLines(outcome.Changes, verbose) {
+			_, _ = fmt.Fprintf(w, "%s\n", line)
 		}
 	}
 	switch pending := result.Pending(); pending {
@@ -161,22 +158,11 @@ func printPlan(w io.Writer, result plan.Result, verbose bool) {
 	}
 }
 
-func sign(action plan.Action) string {
-	switch action {
-	case plan.Create, plan.Upload:
-		return "+"
-	case plan.Delete:
-		return "-"
-	default:
-		return "~"
-	}
-}
-
 // finishRun ends a command that changed a site: a table of the steps with
 // their times, or what the error knows beyond its line.
 func finishRun(env Environment, flags *globalFlags, result plan.Result, err error) error {
 	if flags.json {
-		return err // the events said it all
+		return errors.Join(err, printVerdictEvents(env.Out, err)) // the events said the rest
 	}
 	if err != nil {
 		printVerdicts(env.Err, err)
@@ -198,6 +184,26 @@ func finishRun(env Environment, flags *globalFlags, result plan.Result, err erro
 	_, _ = fmt.Fprintln(env.Out, writer.Render())
 	if changes == 0 {
 		_, _ = fmt.Fprintln(env.Out, "nothing to do")
+	}
+	return nil
+}
+
+// verdictEvent is the last event of a rollout that failed, one for each job.
+type verdictEvent struct {
+	plan.Event
+	Verdict nomad.Verdict `json:"verdict"`
+}
+
+// rolloutFailed is the type of a verdictEvent.
+const rolloutFailed plan.EventType = "rollout_failed"
+
+func printVerdictEvents(w io.Writer, err error) error {
+	encoder := json.NewEncoder(w)
+	for _, verdict := range deploy.Verdicts(err) {
+		event := plan.Event{Schema: plan.EventVersion, Time: time.Now().UTC(), Type: rolloutFailed, Step: "jobs", Error: verdict.Reason, Hint: verdict.Hint}
+		if err := encoder.Encode(verdictEvent{event, verdict}); err != nil {
+			return err
+		}
 	}
 	return nil
 }

@@ -31,7 +31,7 @@ Exit codes:
   130  interrupted`
 
 // ErrInterrupted is the cause of a context that the operator ended.
-var ErrInterrupted = errors.New("interrupted")
+var ErrInterrupted = plan.WithHint(errors.New("interrupted"), "run it again: it goes on from where it stopped")
 
 // errChanges makes `plan --check` exit with ExitChanges; it prints nothing.
 var errChanges = errors.New("changes pending")
@@ -63,7 +63,7 @@ func ExitCode(err error) int {
 	case errors.Is(err, ErrInterrupted), errors.Is(err, context.Canceled):
 		return ExitInterrupted
 	case errors.As(err, &rollout):
-		if rollout.WasReverted() {
+		if allReverted(err) {
 			return ExitReverted
 		}
 		return ExitNotReverted
@@ -74,13 +74,33 @@ func ExitCode(err error) int {
 	}
 }
 
+// allReverted looks at every failed rollout: one job that was left broken counts
+// more than others that were mended.
+func allReverted(err error) bool {
+	if rollout, ok := err.(rolloutFailure); ok { //nolint:errorlint // each node of the tree is looked at
+		return rollout.WasReverted()
+	}
+	switch wrapped := err.(type) { //nolint:errorlint // as above
+	case interface{ Unwrap() error }:
+		return allReverted(wrapped.Unwrap())
+	case interface{ Unwrap() []error }:
+		for _, inner := range wrapped.Unwrap() {
+			if !allReverted(inner) {
+				return false
+			}
+		}
+	}
+	// Neither does another error undo a revert.
+	return true
+}
+
 // PrintError writes the error and, below it, the way out.
 func PrintError(w io.Writer, err error) {
 	if errors.Is(err, errChanges) || errors.Is(err, errDone) {
 		return
 	}
 	_, _ = fmt.Fprintf(w, "error: %v\n", err)
-	if hint := plan.HintOf(err); hint != "" {
+	for _, hint := range plan.HintsOf(err) {
 		_, _ = fmt.Fprintf(w, "hint: %s\n", hint)
 	}
 }

@@ -22,7 +22,7 @@ func newInit(env Environment, flags *globalFlags) *cobra.Command {
 		Short: "Write the start of a repository: sites/ and jobs/",
 		Long: `Writes a site with one host and one component into this folder, once. The files
 are the truth from then on: edit them by hand, commit them.
-` + exitCodesHelp,
+`,
 		Example: "  site init --site=gamma --host=203.0.113.5 --operator-key=~/.ssh/id_ed25519.pub",
 		Args:    cobra.NoArgs,
 		RunE: func(_ *cobra.Command, _ []string) error {
@@ -39,6 +39,9 @@ are the truth from then on: edit them by hand, commit them.
 			files, err := site.Init(flags.folder, answers)
 			if err != nil {
 				return err
+			}
+			if flags.json {
+				return printJSON(env.Out, map[string][]string{"files": files})
 			}
 			for _, file := range files {
 				_, _ = fmt.Fprintln(env.Out, file)
@@ -62,7 +65,7 @@ func newRootToken(env Environment) *cobra.Command {
 		Use: "root-token", Short: "Make the site root token", Args: cobra.NoArgs,
 		Long: `The site root token opens a site's init material: it is needed for the first
 bootstrap and for recovery, not for daily deploys. Keep it in a safe.
-` + exitCodesHelp,
+`,
 	}
 	command.AddCommand(&cobra.Command{
 		Use: "new FILE", Short: "Write a new site root token to a file of mode 0600", Args: cobra.ExactArgs(1),

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"os/exec"
@@ -21,7 +22,7 @@ func newLab(env Environment, flags *globalFlags) *cobra.Command {
 		Long: `A lab is one or more bare Debian 12 hosts with systemd and sshd, and an object
 store, on a network that leads nowhere else. It needs root and Debian's podman
 and debootstrap. site reaches its hosts over SSH, as it would any others.
-` + exitCodesHelp,
+`,
 		Args: cobra.NoArgs,
 	}
 	command.PersistentFlags().StringVar(&name, "name", "lab", "the lab; several can be up side by side")
@@ -111,6 +112,25 @@ and debootstrap. site reaches its hosts over SSH, as it would any others.
 		},
 	}
 	command.AddCommand(snapshot, restore)
+	for _, power := range []struct {
+		use, short string
+		act        func(*lab.Lab, context.Context, string) error
+	}{
+		{"reboot HOST", "Shut a host down and boot it again", (*lab.Lab).Reboot},
+		{"kill HOST", "Cut a host's power", (*lab.Lab).Kill},
+		{"start HOST", "Boot a host that was killed", (*lab.Lab).Start},
+	} {
+		command.AddCommand(&cobra.Command{
+			Use: power.use, Short: power.short, Args: cobra.ExactArgs(1),
+			RunE: func(command *cobra.Command, args []string) error {
+				it, err := open()
+				if err != nil {
+					return err
+				}
+				return power.act(it, command.Context(), args[0])
+			},
+		})
+	}
 	return command
 }
 

@@ -11,7 +11,7 @@ func newLogs(env Environment, flags *globalFlags) *cobra.Command {
 	logs := deploy.LogOptions{}
 	command := &cobra.Command{
 		Use: "logs JOB", Short: "Show what a job says", Args: cobra.ExactArgs(1),
-		Long: "Shows stdout and stderr of a job's newest allocation, or of the one given.\n" + exitCodesHelp,
+		Long: "Shows stdout and stderr of a job's newest allocation, or of the one given.",
 		RunE: func(command *cobra.Command, args []string) error {
 			options, err := of.options(env, flags)
 			if err != nil {

@@ -52,6 +52,40 @@ func (r *rate) String(event plan.Event) string {
 	return text
 }
 
+// fewChanges is how many changes of one kind on one host are told one by one.
+const fewChanges = 8
+
+// changeLines tells changes to a person: many of one kind on one host become one
+// line, unless details are asked for.
+func changeLines(changes []plan.Change, verbose bool) []string {
+	type group struct {
+		action     plan.Action
+		kind, host string
+	}
+	sizes := map[group]int{}
+	for _, change := range changes {
+		sizes[group{change.Action, change.Kind, change.Host}]++
+	}
+	var lines []string
+	told := map[group]bool{}
+	for _, change := range changes {
+		of := group{change.Action, change.Kind, change.Host}
+		switch {
+		case verbose:
+			lines = append(lines, change.String())
+			for _, detail := range change.Details {
+				lines = append(lines, "    "+detail)
+			}
+		case sizes[of] <= fewChanges:
+			lines = append(lines, change.String())
+		case !told[of]:
+			told[of] = true
+			lines = append(lines, fmt.Sprintf("%s %d × %s on %s", of.action, sizes[of], of.kind, of.host))
+		}
+	}
+	return lines
+}
+
 // plainReporter prints lines that read well in a log.
 type plainReporter struct {
 	mutex   sync.Mutex
@@ -69,13 +103,8 @@ func (r *plainReporter) Report(event plan.Event) {
 			r.line("%s …", event.Step)
 		}
 	case plan.StepPlanned:
-		for _, change := range event.Changes {
-			r.line("%s: %s", event.Step, change)
-			if r.verbose {
-				for _, detail := range change.Details {
-					r.line("    %s", detail)
-				}
-			}
+		for _, line := range changeLines(event.Changes, r.verbose) {
+			r.line("%s: %s", event.Step, line)
 		}
 	case plan.StepUnknown:
 		r.line("%s: %s", event.Step, event.Message)
@@ -116,7 +145,8 @@ type liveReporter struct {
 	w       io.Writer
 	verbose bool
 	speed   rate
-	what    string
+	// moving holds the last event of each transfer of the step under way.
+	moving map[string]plan.Event
 }
 
 const clearLine = "\r\x1b[K"
@@ -126,15 +156,11 @@ func (r *liveReporter) Report(event plan.Event) {
 	defer r.mutex.Unlock()
 	switch event.Type {
 	case plan.StepStarted:
+		r.moving = nil
 		r.current("… %s", event.Step)
 	case plan.StepPlanned:
-		for _, change := range event.Changes {
-			r.finished("    %s", change)
-			if r.verbose {
-				for _, detail := range change.Details {
-					r.finished("        %s", detail)
-				}
-			}
+		for _, line := range changeLines(event.Changes, r.verbose) {
+			r.finished("    %s", line)
 		}
 		r.current("… %s", event.Step)
 	case plan.StepUnknown:
@@ -142,10 +168,20 @@ func (r *liveReporter) Report(event plan.Event) {
 	case plan.StepProgress:
 		r.current("… %s: %s", event.Step, event.Message)
 	case plan.StepBytes:
-		if r.what != event.Transfer {
-			r.what, r.speed = event.Transfer, rate{start: event.Time}
+		if len(r.moving) == 0 {
+			r.moving, r.speed = map[string]plan.Event{}, rate{start: event.Time}
 		}
-		r.current("… %s: %s: %s", event.Step, event.Transfer, r.speed.String(event))
+		r.moving[event.Transfer] = event
+		sum := plan.Event{Time: event.Time}
+		for _, one := range r.moving {
+			sum.Done += one.Done
+			sum.Total += one.Total
+		}
+		what := event.Transfer
+		if len(r.moving) > 1 {
+			what = fmt.Sprintf("%d transfers", len(r.moving))
+		}
+		r.current("… %s: %s: %s", event.Step, what, r.speed.String(sum))
 	case plan.StepDone:
 		r.finished("✓ %-28s %s", event.Step, doneWords(event))
 	case plan.StepFailed:

@@ -55,7 +55,7 @@ func newRoot(env Environment) *cobra.Command {
 		Long: `site takes bare Linux hosts that answer SSH, and a directory in git, and makes
 them a production platform: Nomad running podman containers. It then redeploys
 in seconds. A second run that finds nothing to do changes nothing.
-` + exitCodesHelp,
+`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		Args:          cobra.NoArgs,
@@ -66,8 +66,37 @@ in seconds. A second run that finds nothing to do changes nothing.
 	root.SetFlagErrorFunc(func(command *cobra.Command, err error) error {
 		return plan.WithHint(err, "see `%s --help`", command.CommandPath())
 	})
+	root.SetHelpTemplate(root.HelpTemplate() + exitCodesHelp + "\n")
 	root.AddCommand(commands(env, flags)...)
+	beStrict(root)
 	return root
+}
+
+// beStrict makes a wrong command or argument an error with a way out: without
+// it, a mistyped command prints the help and ends well.
+func beStrict(command *cobra.Command) {
+	check := command.Args
+	group := command.HasSubCommands()
+	command.Args = func(command *cobra.Command, args []string) error {
+		switch {
+		case group && len(args) > 0:
+			err := fmt.Errorf("unknown command %q for %q", args[0], command.CommandPath())
+			if near := command.SuggestionsFor(args[0]); len(near) > 0 {
+				return plan.WithHint(err, "did you mean `%s %s`?", command.CommandPath(), near[0])
+			}
+			return plan.WithHint(err, "see `%s --help`", command.CommandPath())
+		case check == nil:
+			return nil
+		}
+		return plan.WithHint(check(command, args), "see `%s --help`", command.CommandPath())
+	}
+	if !command.Runnable() {
+		command.RunE = func(command *cobra.Command, _ []string) error { return command.Help() }
+	}
+	command.SuggestionsMinimumDistance = 2
+	for _, sub := range command.Commands() {
+		beStrict(sub)
+	}
 }
 
 func isTerminal(w io.Writer) bool {

@@ -14,7 +14,7 @@ func newStatus(env Environment, flags *globalFlags) *cobra.Command {
 	of := &siteFlags{}
 	command := &cobra.Command{
 		Use: "status", Short: "Show hosts, jobs and the latest release", Args: cobra.NoArgs,
-		Long: "Shows a site's hosts, jobs and latest release. It writes nothing.\n" + exitCodesHelp,
+		Long: "Shows a site's hosts, jobs and latest release. It writes nothing.",
 		RunE: func(command *cobra.Command, _ []string) error {
 			options, err := of.options(env, flags)
 			if err != nil {
@@ -45,6 +45,9 @@ func printStatus(env Environment, status deploy.Status) error {
 		}
 		_, _ = fmt.Fprintf(writer, "%s\t%s %s\t%d\t%s\t%s\n", host.Name, host.OS, host.Architecture, host.CPUs,
 			humanize.IBytes(uint64(host.MemoryBytes)), humanize.IBytes(uint64(host.FreeBytes)))
+	}
+	for _, problem := range status.Unreachable {
+		_, _ = fmt.Fprintf(writer, "unreachable: %s\n", problem)
 	}
 	_, _ = fmt.Fprintln(writer, "\nJOB\tSTATE\tRUNNING\tCOMMIT\tHOSTS")
 	for _, job := range status.Jobs {

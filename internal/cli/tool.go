@@ -18,7 +18,7 @@ func newTool(env Environment, flags *globalFlags) *cobra.Command {
 		Use: "tool", Short: "Install, check and run the pinned tools", Args: cobra.NoArgs,
 		Long: `The tools that site needs are pinned in its catalogue. They resolve only to what
 was installed for that pin: no PATH is searched, nothing is downloaded at run time.
-` + exitCodesHelp,
+`,
 	}
 	platformText := ""
 	platform := func() (toolchain.Platform, error) {
@@ -60,9 +60,13 @@ was installed for that pin: no PATH is searched, nothing is downloaded at run ti
 				return err
 			}
 			path, err := tools.Which(args[0], toolchain.Host())
-			if err == nil {
-				_, err = fmt.Fprintln(env.Out, path)
+			if err != nil {
+				return err
 			}
+			if flags.json {
+				return printJSON(env.Out, map[string]string{"path": path})
+			}
+			_, err = fmt.Fprintln(env.Out, path)
 			return err
 		},
 	}
@@ -99,15 +103,22 @@ was installed for that pin: no PATH is searched, nothing is downloaded at run ti
 			if err != nil {
 				return err
 			}
-			writer := tabwriter.NewWriter(env.Out, 0, 0, 3, ' ', 0)
-			_, _ = fmt.Fprintln(writer, "TOOL\tVERSION\tINSTALLED")
+			listed := []listedTool{}
 			for _, name := range tools.Names() {
 				tool, err := tools.Tool(name)
 				if err != nil {
 					return err
 				}
 				_, err = tools.Which(name, toolchain.Host())
-				_, _ = fmt.Fprintf(writer, "%s\t%s\t%t\n", name, tool.Version, err == nil)
+				listed = append(listed, listedTool{Name: name, Version: tool.Version, Installed: err == nil})
+			}
+			if flags.json {
+				return printJSON(env.Out, listed)
+			}
+			writer := tabwriter.NewWriter(env.Out, 0, 0, 3, ' ', 0)
+			_, _ = fmt.Fprintln(writer, "TOOL\tVERSION\tINSTALLED")
+			for _, tool := range listed {
+				_, _ = fmt.Fprintf(writer, "%s\t%s\t%t\n", tool.Name, tool.Version, tool.Installed)
 			}
 			return writer.Flush()
 		},
@@ -133,6 +144,13 @@ was installed for that pin: no PATH is searched, nothing is downloaded at run ti
 	run.Flags().BoolVar(&showVerify, "verify", false, "only hold it against what was recorded")
 	command.AddCommand(install, list, run, verify, which)
 	return command
+}
+
+// listedTool is a line of `tool list`.
+type listedTool struct {
+	Name      string `json:"name"`
+	Version   string `json:"version"`
+	Installed bool   `json:"installed"`
 }
 
 // lineProgress prints the progress of an operation that is not a flow.

@@ -22,7 +22,7 @@ func newTunnel(env Environment, flags *globalFlags) *cobra.Command {
 		Long: `Opens a local port that leads, through SSH, to a job's service or to an address
 as seen from a host of the site; without an argument to Nomad's API. It stays
 open until interrupted.
-` + exitCodesHelp,
+`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(command *cobra.Command, args []string) error {
 			options, err := of.options(env, flags)
@@ -61,7 +61,7 @@ func newEnv(env Environment, flags *globalFlags) *cobra.Command {
 		Long: `Runs a command with NOMAD_ADDR and NOMAD_TOKEN set: the address of a tunnel that
 is open as long as the command runs, and a token that is good for minutes.
 Without a command it runs your shell.
-` + exitCodesHelp,
+`,
 		Example: "  site env --site=gamma -- nomad job status",
 		RunE: func(command *cobra.Command, args []string) error {
 			options, err := of.options(env, flags)

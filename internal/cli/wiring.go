@@ -16,6 +16,7 @@ import (
 	"github.com/nomad-site/site/internal/adapter/toolchain"
 	"github.com/nomad-site/site/internal/deploy"
 	"github.com/nomad-site/site/internal/hostbinary"
+	"github.com/nomad-site/site/internal/plan"
 )
 
 // commands lists every command; each has a file of its own.
@@ -77,7 +78,8 @@ func (f *siteFlags) add(command *cobra.Command) {
 // tokenFile is the one of the two flags that was given.
 func (f *siteFlags) tokenFile() (string, error) {
 	if f.rootTokenFile != "" && f.longTokenFile != "" && f.rootTokenFile != f.longTokenFile {
-		return "", errors.New("--root-token-file and --openbao-site-root-token-file name different files")
+		return "", plan.WithHint(errors.New("--root-token-file and --openbao-site-root-token-file name different files"),
+			"they are one flag with two names: give one of them")
 	}
 	if f.longTokenFile != "" {
 		return f.longTokenFile, nil

@@ -2,6 +2,7 @@ package deploy
 
 import (
 	"context"
+	"errors"
 
 	"github.com/nomad-site/site/internal/plan"
 )
@@ -86,5 +87,11 @@ func (s *session) open(ctx context.Context) error {
 	if err := s.readMaterial(); err != nil {
 		return err
 	}
-	return s.connect(ctx)
+	var problems []error
+	s.hosts, problems = s.dial(ctx)
+	if len(s.servers()) == 0 {
+		return errors.Join(problems...)
+	}
+	s.unreachable = problems
+	return nil
 }

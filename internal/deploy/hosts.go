@@ -228,10 +228,16 @@ func (s *session) installPackages() plan.Step {
 			bundle = append(bundle, packageFile{deb.Name, deb.Version, deb.Architecture, deb.SHA256})
 		}
 		return s.each(ctx, s.hosts, func(ctx context.Context, h *remoteHost) error {
-			if !slices.ContainsFunc(changes, func(change plan.Change) bool { return change.Host == h.Name }) {
+			missing := 0
+			for _, change := range changes {
+				if change.Host == h.Name {
+					missing++
+				}
+			}
+			if missing == 0 {
 				return nil
 			}
-			progress.Message("%s: installing %d packages", h.Name, len(changes))
+			progress.Message("%s: installing %d packages", h.Name, missing)
 			return h.siteHost(ctx, bundle, nil, "packages", "install", "--store", host.StorePath, "--document", "-")
 		})
 	})
@@ -250,11 +256,11 @@ type packageFile struct {
 func (s *session) convergeHosts() plan.Step {
 	return s.hostStep("host", func(change plan.Change) bool { return !isPackage(change) },
 		func(ctx context.Context, documents perHost[host.Document], changes []plan.Change, progress plan.Progress) error {
-			folder, err := os.MkdirTemp("", "site-ssh-")
+			folder, release, err := ansible.WorkFolder()
 			if err != nil {
-				return fmt.Errorf("work folder: %w", err)
+				return err
 			}
-			defer func() { _ = os.RemoveAll(folder) }()
+			defer release()
 			var runs []ansible.Host
 			for _, h := range s.hosts {
 				run := ansible.Host{Name: h.Name, Document: documents[h.Name], Sudo: h.conn.User() != "root"}

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"github.com/nomad-site/site/internal/adapter/builder"
 	"github.com/nomad-site/site/internal/adapter/debian"
@@ -49,6 +50,30 @@ func (s *session) checkInputs() plan.Step {
 	}}
 }
 
+// hintTools makes one command of the hints for all tools that are missing.
+func hintTools(err error) error {
+	var names []string
+	var walk func(error)
+	walk = func(err error) {
+		switch one := err.(type) { //nolint:errorlint // each node of the tree is looked at
+		case *toolchain.NotInstalledError:
+			if one.Platform == toolchain.Host() && !slices.Contains(names, one.Name) {
+				names = append(names, one.Name)
+			}
+		case interface{ Unwrap() error }:
+			walk(one.Unwrap())
+		case interface{ Unwrap() []error }:
+			for _, inner := range one.Unwrap() {
+				walk(inner)
+			}
+		}
+	}
+	if walk(err); len(names) < 2 {
+		return err
+	}
+	return plan.WithHint(err, "run: site tool install %s", strings.Join(names, " "))
+}
+
 func (s *session) collectPlatform(ctx context.Context) error {
 	platform, err := toolchain.ParsePlatform(hostPlatform)
 	if err != nil {
@@ -69,11 +94,14 @@ func (s *session) collectPlatform(ctx context.Context) error {
 	}
 	lock, err := s.readLock(platform.Architecture)
 	if err != nil {
-		return errors.Join(append(problems, err)...)
+		return hintTools(errors.Join(append(problems, err)...))
 	}
 	s.platform.lock = lock
+	if len(problems) > 0 {
+		return hintTools(errors.Join(problems...)) // before anything is fetched
+	}
 	s.platform.debs, err = debian.Bundle(ctx, lock, filepath.Join(s.options.CacheDir, "debs"), nil)
-	return errors.Join(append(problems, err)...)
+	return err
 }
 
 func (s *session) readLock(architecture string) (debian.Lock, error) {
@@ -123,7 +151,7 @@ func (s *session) buildOne(ctx context.Context, folder string, artifact site.Art
 			}
 			return filepath.Dir(filepath.Dir(executable)), nil
 		},
-		Debs: func(ctx context.Context, packages []string) ([]string, error) { return s.debFiles(packages) },
+		Debs: func(_ context.Context, packages []string) ([]string, error) { return s.debFiles(packages) },
 	})
 }
 

@@ -9,7 +9,9 @@ import (
 	"fmt"
 	"os"
 	"os/user"
+	"time"
 
+	"github.com/nomad-site/site/internal/adapter/ssh"
 	"github.com/nomad-site/site/internal/plan"
 	"github.com/nomad-site/site/internal/reconcile/host"
 	"github.com/nomad-site/site/internal/sitehost/lease"
@@ -26,7 +28,7 @@ func (s *session) takeLock(reason string) plan.Step {
 		id := rand.Text()
 		args := []string{
 			host.SiteHostPath, "lock", "acquire", "--hold", "--file", host.LockPath, "--id", id,
-			"--holder", holderName(), "--reason", reason, "--lease", "60s",
+			"--holder", holderName(), "--reason", reason, "--lease", "60s", "--heartbeat", heartbeatLimit.String(),
 		}
 		if s.options.TakeOverLock != "" {
 			args = append(args, "--takeover", s.options.TakeOverLock)
@@ -53,12 +55,64 @@ func (s *session) takeLock(reason string) plan.Step {
 				Since: current.Since, Until: current.LeaseUntil,
 			}
 		}
+		ended := s.attend(holding)
 		s.onClose(func() {
 			_ = holding.CloseWrite() // site-host releases the lock at the end of its input
-			_ = holding.Wait()
+			<-ended
 		})
 		return nil
 	}}
+}
+
+const (
+	heartbeat = 5 * time.Second
+	// heartbeatLimit is when a holder counts as gone: a host that a broken
+	// network cuts off hears no end, only silence.
+	heartbeatLimit = 30 * time.Second
+)
+
+// attend keeps telling the host that we live, and ends the run when the lock is
+// lost: two runs at a time are worse than none.
+func (s *session) attend(holding *ssh.Process) (ended <-chan struct{}) {
+	over := make(chan struct{})
+	go func() {
+		ticker := time.NewTicker(heartbeat)
+		defer ticker.Stop()
+		for {
+			select {
+			case <-over:
+				return
+			case <-ticker.C:
+				_, _ = holding.Write([]byte("\n")) // a failure ends Wait too
+			}
+		}
+	}()
+	go func() {
+		defer close(over)
+		err := holding.Wait()
+		if !errors.Is(err, ssh.ErrConnectionLost) {
+			err = &LockLostError{Site: s.site.Name, Err: err}
+		}
+		s.abort(err) // does nothing after the run's end
+	}()
+	return over
+}
+
+// LockLostError ends a run whose lock is no longer its own.
+type LockLostError struct {
+	Site string
+	Err  error
+}
+
+func (e *LockLostError) Error() string {
+	return fmt.Sprintf("the lock of site %q was lost: %v", e.Site, e.Err)
+}
+
+func (e *LockLostError) Unwrap() error { return e.Err }
+
+// Hint implements plan.Hinter.
+func (*LockLostError) Hint() string {
+	return "somebody took it over, or this machine slept; run it again: it goes on from here"
 }
 
 // holderName tells other operators who holds the lock.

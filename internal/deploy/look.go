@@ -28,11 +28,13 @@ type HostStatus struct {
 
 // Status is what runs on a site.
 type Status struct {
-	Schema  string       `json:"schema"`
-	Site    string       `json:"site"`
-	Hosts   []HostStatus `json:"hosts"`
-	Jobs    []nomad.Row  `json:"jobs"`
-	Release *Release     `json:"release,omitempty"`
+	Schema string       `json:"schema"`
+	Site   string       `json:"site"`
+	Hosts  []HostStatus `json:"hosts"`
+	// Unreachable says of each host that did not answer why.
+	Unreachable []string    `json:"unreachable,omitempty"`
+	Jobs        []nomad.Row `json:"jobs"`
+	Release     *Release    `json:"release,omitempty"`
 }
 
 // Release is the latest one.
@@ -54,6 +56,9 @@ func ReadStatus(ctx context.Context, options Options) (Status, error) {
 	defer s.close()
 	status := Status{Schema: StatusVersion, Site: s.site.Name, Jobs: []nomad.Row{}}
 	ready := true
+	for _, problem := range s.unreachable {
+		status.Unreachable = append(status.Unreachable, problem.Error())
+	}
 	for _, h := range s.hosts {
 		row := HostStatus{Name: h.Name, Bootstrapped: h.siteHostDigest != ""}
 		if row.Bootstrapped {

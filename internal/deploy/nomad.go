@@ -40,7 +40,7 @@ func (s *session) convergeNomad() plan.Step {
 		Desire: func(context.Context) ([]nomad.Operator, error) {
 			return s.operators()
 		},
-		Observe: func(ctx context.Context, desired []nomad.Operator) (nomadState, error) {
+		Observe: func(ctx context.Context, _ []nomad.Operator) (nomadState, error) {
 			return s.observeNomad(ctx)
 		},
 		Diff: func(desired []nomad.Operator, actual nomadState) []plan.Change {

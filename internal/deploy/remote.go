@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"strings"
 
 	"github.com/nomad-site/site/internal/adapter/ssh"
 	"github.com/nomad-site/site/internal/plan"
@@ -20,10 +19,8 @@ type remoteHost struct {
 	conn *ssh.Conn
 	// platform is such as "linux/amd64".
 	platform string
-	// siteHostDigest is that of the site-host executable on the host, "" when
-	// there is none; siteHostCurrent says that it is the one we carry.
-	siteHostDigest  string
-	siteHostCurrent bool
+	// siteHostDigest is that of the site-host executable on the host, "" when there is none.
+	siteHostDigest string
 	// facts and applied are read once site-host is there.
 	facts   *host.Observation
 	applied *host.Document
@@ -46,8 +43,6 @@ func (h *remoteHost) readFacts(ctx context.Context) error {
 	h.siteHostDigest, err = h.conn.Digest(ctx, host.SiteHostPath)
 	return err
 }
-
-func (h *remoteHost) architecture() string { return strings.TrimPrefix(h.platform, "linux/") }
 
 // siteHost runs a site-host command and decodes its JSON answer into result,
 // unless that is nil.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -36,12 +37,16 @@ type session struct {
 	// built are the active components' artifacts, by component.
 	built map[string][]builder.Built
 	hosts []*remoteHost
-	nomad *nomad.Client
+	// unreachable says why hosts are not among them, in a session that only looks.
+	unreachable []error
+	nomad       *nomad.Client
 	// jobs collects what this run wants of each job, for the release record.
 	jobs map[string]*nomad.Prepared
 
 	deadline    time.Time
 	armDeadline func(time.Duration)
+	// abort ends the run for a reason.
+	abort context.CancelCauseFunc
 
 	mutex   sync.Mutex
 	closers []func()
@@ -156,8 +161,12 @@ func (s *session) checkOnly() error {
 			known = known || component.Name == name
 		}
 		if !known {
+			var active []string
+			for _, component := range s.site.Components {
+				active = append(active, component.Name)
+			}
 			return plan.WithHint(fmt.Errorf("component %q is not active in site %q", name, s.site.Name),
-				"see `site plan`, or add it to sites/%s/site.hcl", s.site.Name)
+				"active are: %s; another one must be added to sites/%s/site.hcl and committed", strings.Join(active, ", "), s.site.Name)
 		}
 	}
 	return nil
@@ -221,29 +230,39 @@ func (s *session) servers() []*remoteHost {
 
 // connect dials every host.
 func (s *session) connect(ctx context.Context) error {
+	hosts, problems := s.dial(ctx)
+	s.hosts = hosts
+	return errors.Join(problems...)
+}
+
+// dial connects to all hosts at once; an unreachable one does not keep it from
+// the others.
+func (s *session) dial(ctx context.Context) ([]*remoteHost, []error) {
 	hosts := make([]*remoteHost, len(s.site.Hosts))
-	group, groupCtx := errgroup.WithContext(ctx)
+	problems := make([]error, len(s.site.Hosts))
+	var group errgroup.Group
 	group.SetLimit(10)
 	for i, h := range s.site.Hosts {
 		group.Go(func() error {
-			conn, err := ssh.Dial(groupCtx, ssh.Target{
+			conn, err := ssh.Dial(ctx, ssh.Target{
 				Name: h.Name, Address: h.Address, Port: h.Port, User: h.User, IdentityFile: h.IdentityFile,
 				HostKeys: h.HostKeys, KnownHostsFiles: []string{s.knownHostsPath()}, ConfigFile: s.sshConfigPath(),
 			}, ssh.Options{AcceptNewHostKey: s.options.AcceptNewHostKey, RecordTo: s.knownHostsPath()})
 			if err != nil {
-				return fmt.Errorf("host %s: %w", h.Name, err)
+				problems[i] = fmt.Errorf("host %s: %w", h.Name, err)
+				return nil
 			}
 			s.onClose(func() { _ = conn.Close() })
 			remote := &remoteHost{Host: h, conn: conn}
-			hosts[i] = remote
-			return remote.readFacts(groupCtx)
+			if problems[i] = remote.readFacts(ctx); problems[i] == nil {
+				hosts[i] = remote
+			}
+			return nil
 		})
 	}
-	if err := group.Wait(); err != nil {
-		return err
-	}
-	s.hosts = hosts
-	return nil
+	_ = group.Wait()
+	return slices.DeleteFunc(hosts, func(h *remoteHost) bool { return h == nil }),
+		slices.DeleteFunc(problems, func(err error) bool { return err == nil })
 }
 
 func (s *session) knownHostsName() string { return "sites/" + s.options.Site + "/known_hosts" }

@@ -28,7 +28,7 @@ func (s *session) placeSiteHost() plan.Step {
 			}
 			return desired, nil
 		},
-		Observe: func(ctx context.Context, _ wanted) (perHost[string], error) {
+		Observe: func(_ context.Context, _ wanted) (perHost[string], error) {
 			actual := perHost[string]{}
 			for _, h := range s.hosts {
 				actual[h.Name] = h.siteHostDigest

@@ -29,6 +29,9 @@ func (e *DeadlineError) Error() string {
 	return fmt.Sprintf("the run took longer than its deadline of %s", e.After)
 }
 
+// Is tells adapters that time is over, as opposed to an operator's interruption.
+func (*DeadlineError) Is(target error) bool { return target == context.DeadlineExceeded }
+
 // Hint implements plan.Hinter.
 func (e *DeadlineError) Hint() string {
 	return "run it again, it goes on from here; or raise --timeout, or deadline in site.hcl"
@@ -38,6 +41,7 @@ func (e *DeadlineError) Hint() string {
 // configuration is read, that of the site.
 func (s *session) bound(ctx context.Context) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancelCause(ctx)
+	s.abort = cancel
 	start := time.Now()
 	arm := func(limit time.Duration) {
 		s.deadline = start.Add(limit)

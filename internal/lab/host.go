@@ -30,7 +30,7 @@ type pod struct {
 var errNotRunning = errors.New("the lab is not running")
 
 // find returns the lab's podman if the lab's processes are there.
-func (l *Lab) find(current *state) (*pod, error) {
+func (l *Lab) find() (*pod, error) {
 	space, err := findNamespace(l.dir)
 	if err != nil {
 		return nil, err
@@ -55,7 +55,7 @@ func (l *Lab) podIn(space *namespace) (*pod, error) {
 
 // enter is find, after starting the lab's namespace and network if they are gone.
 func (l *Lab) enter(ctx context.Context, current *state) (*pod, error) {
-	found, err := l.find(current)
+	found, err := l.find()
 	if err == nil {
 		return found, ensureBridge(ctx, l.bridge(), current.Subnet)
 	}

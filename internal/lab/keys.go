@@ -105,14 +105,8 @@ func writeFile(path string, content []byte, mode fs.FileMode) error {
 		return fmt.Errorf("write %s: %w", path, err)
 	}
 	defer os.Remove(temp.Name())
-	if _, err := temp.Write(content); err == nil {
-		err = errors.Join(temp.Chmod(mode), temp.Sync())
-	} else {
-		err = fmt.Errorf("write %s: %w", path, err)
-	}
-	if closeErr := temp.Close(); err == nil {
-		err = closeErr
-	}
+	_, err = temp.Write(content)
+	err = errors.Join(err, temp.Chmod(mode), temp.Sync(), temp.Close())
 	if err == nil {
 		err = os.Rename(temp.Name(), path)
 	}

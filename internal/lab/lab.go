@@ -15,8 +15,9 @@ import (
 	"strings"
 	"time"
 
-	"github.com/nomad-site/site/internal/plan"
 	"golang.org/x/sync/errgroup"
+
+	"github.com/nomad-site/site/internal/plan"
 )
 
 // Lab is one lab; several can be up side by side.
@@ -330,7 +331,7 @@ func (l *Lab) Status(ctx context.Context) (Status, error) {
 	found.Exists = true
 	found.Network = current.Subnet.String()
 	found.SSHConfig = l.SSHConfig()
-	pod, err := l.find(current)
+	pod, err := l.find()
 	if err != nil && !errors.Is(err, errNotRunning) {
 		return found, err
 	}

@@ -3,29 +3,15 @@ package lab
 import (
 	"context"
 	"net"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
-)
 
-// needLab skips without a lab, but never in CI: there it must run.
-func needLab(t *testing.T) {
-	t.Helper()
-	if os.Getenv("SITE_TEST_LAB") != "" {
-		if os.Getenv("CI") != "" && os.Getenv("SITE_TEST_VERSITYGW") == "" {
-			t.Fatal("SITE_TEST_VERSITYGW is not set: the object store's part must not be skipped in CI")
-		}
-		return
-	}
-	if os.Getenv("CI") != "" {
-		t.Fatal("SITE_TEST_LAB is not set: the lab's test must not be skipped in CI")
-	}
-	t.Skip("set SITE_TEST_LAB=1 (as root) to boot a real lab")
-}
+	"github.com/nomad-site/site/internal/testneeds"
+)
 
 // timed logs how long a step took and fails the test on an error.
 func timed(t *testing.T, what string, do func() error) {
@@ -38,7 +24,7 @@ func timed(t *testing.T, what string, do func() error) {
 }
 
 func TestALabLivesThroughItsWholeLife(t *testing.T) {
-	needLab(t)
+	testneeds.Lab(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	lab, err := Open(t.TempDir(), "labtest")
@@ -61,7 +47,7 @@ func TestALabLivesThroughItsWholeLife(t *testing.T) {
 			t.Errorf("ssh %s %q = %q, %v; want %q", host, script, got, err, want)
 		}
 	}
-	options := Options{Hosts: 2, Versitygw: os.Getenv("SITE_TEST_VERSITYGW"), Progress: func(line string) { t.Log(line) }}
+	options := Options{Hosts: 2, Versitygw: testneeds.Tool(t, "versitygw"), Progress: func(line string) { t.Log(line) }}
 
 	timed(t, "up", func() error { return lab.Up(ctx, options) })
 	expect("labtest-1", "hostname", "labtest-1")

@@ -37,7 +37,7 @@ func (l *Lab) lookUp(name string) (*pod, *state, *hostState, error) {
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	pod, err := l.find(current)
+	pod, err := l.find()
 	return pod, current, host, err
 }
 

@@ -2,6 +2,7 @@ package lab
 
 import (
 	"encoding/json"
+	"errors"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -292,7 +293,7 @@ func TestStateSurvivesBeingWritten(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := lab.load(); err != errNoLab {
+	if _, err := lab.load(); !errors.Is(err, errNoLab) {
 		t.Fatalf("load of no lab: %v", err)
 	}
 	current := &state{Subnet: netip.MustParsePrefix("10.230.5.0/24"), NextDisk: 3,

@@ -13,8 +13,9 @@ import (
 	"strings"
 	"time"
 
-	"github.com/nomad-site/site/internal/plan"
 	"golang.org/x/sync/errgroup"
+
+	"github.com/nomad-site/site/internal/plan"
 )
 
 // A snapshot freezes what each host has written so far: its writable layer
@@ -48,7 +49,7 @@ func (l *Lab) Snapshot(ctx context.Context, name string) error {
 	if err != nil {
 		return fmt.Errorf("take snapshot %s: %w", name, err)
 	}
-	pod, err := l.find(current)
+	pod, err := l.find()
 	if err != nil {
 		return fmt.Errorf("take snapshot %s: %w", name, err)
 	}

@@ -4,8 +4,9 @@ package plan
 
 import (
 	"context"
-	"errors"
 	"fmt"
+	"slices"
+	"strings"
 )
 
 // Action says what a change does to its target.
@@ -167,11 +168,32 @@ func WithHint(err error, format string, args ...any) error {
 	return &HintError{Err: err, Fix: fmt.Sprintf(format, args...)}
 }
 
-// HintOf finds the nearest hint in err's chain.
-func HintOf(err error) string {
-	var hinter Hinter
-	if errors.As(err, &hinter) {
-		return hinter.Hint()
+// HintOf is the nearest hint in err's chain; of joined errors, those of each.
+func HintOf(err error) string { return strings.Join(HintsOf(err), "; ") }
+
+// HintsOf finds the nearest hint in err's chain, and where errors are joined the
+// nearest of each, without repetition.
+func HintsOf(err error) []string {
+	var hints []string
+	var walk func(error)
+	walk = func(err error) {
+		if hinter, ok := err.(Hinter); ok { //nolint:errorlint // each node of the tree is looked at
+			if hint := hinter.Hint(); hint != "" {
+				if !slices.Contains(hints, hint) {
+					hints = append(hints, hint)
+				}
+				return
+			}
+		}
+		switch wrapped := err.(type) { //nolint:errorlint // as above
+		case interface{ Unwrap() error }:
+			walk(wrapped.Unwrap())
+		case interface{ Unwrap() []error }:
+			for _, inner := range wrapped.Unwrap() {
+				walk(inner)
+			}
+		}
 	}
-	return ""
+	walk(err)
+	return hints
 }

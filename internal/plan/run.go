@@ -163,7 +163,12 @@ type stepReporter struct {
 	mutex    sync.Mutex
 	reporter Reporter
 	step     string
+	// next is when each transfer may be reported again.
+	next map[string]time.Time
 }
+
+// bytesInterval is how often one transfer is reported: it moves many times a second.
+const bytesInterval = 200 * time.Millisecond
 
 var _ Progress = (*stepReporter)(nil)
 
@@ -174,10 +179,27 @@ func (r *stepReporter) emit(event Event) {
 	r.reporter.Report(event)
 }
 
+func (r *stepReporter) due(what string) bool {
+	r.mutex.Lock()
+	defer r.mutex.Unlock()
+	now := time.Now()
+	if now.Before(r.next[what]) {
+		return false
+	}
+	if r.next == nil {
+		r.next = map[string]time.Time{}
+	}
+	r.next[what] = now.Add(bytesInterval)
+	return true
+}
+
 func (r *stepReporter) Message(format string, args ...any) {
 	r.emit(Event{Type: StepProgress, Message: fmt.Sprintf(format, args...)})
 }
 
 func (r *stepReporter) Bytes(what string, done, total int64) {
+	if done < total && !r.due(what) {
+		return
+	}
 	r.emit(Event{Type: StepBytes, Transfer: what, Done: done, Total: total})
 }

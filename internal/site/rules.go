@@ -118,7 +118,7 @@ func checkOperatorKey(key ssh.PublicKey) error {
 func checkRepositoryPath(text string) (string, error) {
 	clean := path.Clean(text)
 	if text == "" || strings.ContainsAny(text, "\\\x00\n") || !fs.ValidPath(clean) {
-		return "", fmt.Errorf("%q is not a path inside the repository; write it relative to the repository's root, with / and without ..", text)
+		return "", fmt.Errorf("%q is not a path inside the repository; without .. and with /, write it relative to the repository's root", text)
 	}
 	return clean, nil
 }

@@ -74,11 +74,13 @@ var (
 
 // Apply makes hosts what their documents say.
 func (r Runner) Apply(ctx context.Context, hosts []Host, progress plan.Progress) error {
-	folder, err := os.MkdirTemp("", "site-ansible-")
+	folder, release, err := WorkFolder()
 	if err != nil {
-		return fmt.Errorf("ansible work folder: %w", err)
+		return err
 	}
-	defer func() { _ = os.RemoveAll(folder) }() // it held secret files' contents, mode 0700
+	defer release()
+	control := filepath.Join(folder, "cp")
+	defer func() { endConnections(context.WithoutCancel(ctx), control) }()
 	if err := os.CopyFS(filepath.Join(folder, "playbook"), r.Playbook); err != nil {
 		return fmt.Errorf("unpack the host playbook: %w", err)
 	}
@@ -112,13 +114,12 @@ func (r Runner) Apply(ctx context.Context, hosts []Host, progress plan.Progress)
 		"HOME=" + folder, "LANG=C.UTF-8", "LC_ALL=C.UTF-8", "PATH=/usr/bin:/bin",
 		"ANSIBLE_HOST_KEY_CHECKING=True", "ANSIBLE_PIPELINING=True", "ANSIBLE_NOCOLOR=True", "ANSIBLE_FORKS=10",
 		"ANSIBLE_RETRY_FILES_ENABLED=False", "ANSIBLE_LOCAL_TEMP=" + filepath.Join(folder, "tmp"),
-		"ANSIBLE_SSH_CONTROL_PATH_DIR=" + filepath.Join(folder, "cp"), "ANSIBLE_DISPLAY_SKIPPED_HOSTS=False",
-		"ANSIBLE_TIMEOUT=20",
+		"ANSIBLE_SSH_CONTROL_PATH_DIR=" + control, "ANSIBLE_DISPLAY_SKIPPED_HOSTS=False",
+		"ANSIBLE_TIMEOUT=20", "ANSIBLE_SSH_ARGS=-C -o ControlMaster=auto -o ControlPersist=" + controlPersist,
 	}
 	if r.Agent != "" {
 		command.Env = append(command.Env, "SSH_AUTH_SOCK="+r.Agent)
 	}
-	command.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	command.Cancel = func() error { return syscall.Kill(-command.Process.Pid, syscall.SIGTERM) }
 	command.WaitDelay = 5 * time.Second
 	output, writer := io.Pipe()
@@ -126,7 +127,7 @@ func (r Runner) Apply(ctx context.Context, hosts []Host, progress plan.Progress)
 
 	parsed := make(chan outcome, 1)
 	go func() { parsed <- parse(output, progress) }()
-	err = command.Run()
+	err = run(command)
 	_ = writer.Close()
 	result := <-parsed
 	switch {
@@ -138,6 +139,20 @@ func (r Runner) Apply(ctx context.Context, hosts []Host, progress plan.Progress)
 		return result.failure
 	default:
 		return fmt.Errorf("ansible-playbook: %w: %s", err, strings.Join(result.tail, " | "))
+	}
+}
+
+// controlPersist bounds how long a connection outlives a run that was killed; it
+// must outlast the pause between two tasks.
+const controlPersist = "20s"
+
+// endConnections ends the connections that ssh keeps open in the background.
+func endConnections(ctx context.Context, folder string) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	sockets, _ := filepath.Glob(filepath.Join(folder, "*"))
+	for _, socket := range sockets {
+		_ = exec.CommandContext(ctx, "ssh", "-F", "/dev/null", "-o", "ControlPath="+socket, "-O", "exit", "host").Run() //nolint:gosec // our own folder
 	}
 }
 
@@ -161,7 +176,10 @@ func parse(output io.Reader, progress plan.Progress) outcome {
 		}
 		if result.failure == nil {
 			if m := itemLine.FindStringSubmatch(line); m != nil {
-				result.failure = &TaskError{Host: m[1], Task: task, Message: m[2] + ": " + failureMessage(m[3])}
+				result.failure = &TaskError{Host: m[1], Task: task, Message: failureMessage(m[3])}
+				if m[2] != "None" { // the label of an item that no_log hides
+					result.failure.Message = m[2] + ": " + result.failure.Message
+				}
 			} else if m := fatalLine.FindStringSubmatch(line); m != nil {
 				result.failure = &TaskError{Host: m[1], Task: task, Message: failureMessage(m[2])}
 			}
@@ -180,8 +198,12 @@ func parse(output io.Reader, progress plan.Progress) outcome {
 // failureMessage takes only msg and stderr out of a result, which can hold
 // whole files.
 func failureMessage(text string) string {
-	var result struct{ Msg, Stderr string }
-	if err := json.Unmarshal([]byte(text), &result); err != nil || result.Msg == "" {
+	var result struct{ Msg, Stderr, Censored string }
+	err := json.Unmarshal([]byte(text), &result)
+	switch {
+	case err == nil && result.Censored != "":
+		return "failed; what it said is hidden, since it deals with secrets"
+	case err != nil || result.Msg == "":
 		return "failed"
 	}
 	if result.Stderr != "" {

@@ -57,7 +57,7 @@ func (b *builder) openArchive(ctx context.Context, at place) (archive, error) {
 	}
 	opened, err := b.indexTar(ctx, file)
 	if err != nil {
-		file.Close()
+		_ = file.Close()
 		return nil, err
 	}
 	return opened, nil
@@ -82,7 +82,7 @@ func (b *builder) indexTar(ctx context.Context, file *os.File) (archive, error) 
 		return nil, err
 	}
 	// Unlinked at once: the open file is all that is needed.
-	os.Remove(unpacked.Name())
+	_ = os.Remove(unpacked.Name())
 	if _, err = copyContext(ctx, unpacked, plain); err == nil {
 		_, err = unpacked.Seek(0, io.SeekStart)
 	}
@@ -91,10 +91,10 @@ func (b *builder) indexTar(ctx context.Context, file *os.File) (archive, error) 
 		members, err = indexMembers(ctx, unpacked)
 	}
 	if err != nil {
-		unpacked.Close()
+		_ = unpacked.Close()
 		return nil, err
 	}
-	file.Close()
+	_ = file.Close()
 	return &tarArchive{file: unpacked, members: members}, nil
 }
 

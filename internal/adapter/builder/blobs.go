@@ -75,8 +75,8 @@ func (p *pending) Write(data []byte) (int, error) {
 }
 
 func (p *pending) discard() {
-	p.file.Close()
-	os.Remove(p.file.Name())
+	_ = p.file.Close()
+	_ = os.Remove(p.file.Name())
 }
 
 func (p *pending) digest() string { return "sha256:" + hex.EncodeToString(p.hash.Sum(nil)) }

@@ -53,25 +53,29 @@ func (b *builder) imageIn(ctx context.Context, at place, form archiveForm) (Buil
 	proof := at.path
 	if at.dir {
 		if form == dockerArchive {
-			return Built{}, plan.WithHint(fmt.Errorf("%s is a folder, not a docker archive", at.path), "declare it as an OCI layout")
+			return Built{}, plan.WithHint(fmt.Errorf("%s is a folder, not a docker archive", at.name), "declare it as an OCI layout")
 		}
 		// The index names all the rest by digest.
 		proof = filepath.Join(at.path, "index.json")
 		if err := inside(at.within, proof); err != nil {
-			return Built{}, fmt.Errorf("%s is not an OCI layout: %w", at.path, err)
+			return Built{}, fmt.Errorf("%s is not an OCI layout: %w", at.name, err)
 		}
 	}
 	digest, err := b.store.fileDigest(ctx, proof)
 	if err != nil {
 		return Built{}, err
 	}
-	if err := b.checkSource(proof, digest); err != nil {
+	if err := b.checkSource(at.name, digest); err != nil {
 		return Built{}, err
 	}
 	return b.recorded(ctx, string(form), []string{digest}, func() (Built, error) {
 		built, err := b.convert(ctx, at, form)
 		if err != nil {
-			return Built{}, fmt.Errorf("read %s %s: %w", form, at.path, err)
+			err = fmt.Errorf("read %s %s: %w", form, at.name, err)
+			if plan.HintOf(err) == "" && ctx.Err() == nil {
+				err = plan.WithHint(err, "%s is cut short, damaged or no %s, or it is still being written: build it again", at.name, form)
+			}
+			return Built{}, err
 		}
 		// The record is by the digest from before: it must still hold.
 		if after, err := b.store.fileDigest(ctx, proof); err != nil || after != digest {
@@ -103,7 +107,7 @@ func (b *builder) convert(ctx context.Context, at place, form archiveForm) (Buil
 func holds(from archive, name string) bool {
 	file, err := from.open(name)
 	if err == nil {
-		file.Close()
+		_ = file.Close()
 	}
 	return err == nil
 }

@@ -55,7 +55,7 @@ func (r *Repository) Resolve(ctx context.Context, rev string) (string, error) {
 		rev = "HEAD"
 	}
 	if strings.HasPrefix(rev, "-") {
-		return "", fmt.Errorf("git revision %q starts with a dash", rev)
+		return "", plan.WithHint(fmt.Errorf("git revision %q starts with a dash", rev), "give a commit, a branch or a tag")
 	}
 	out, err := run(ctx, r.root, "rev-parse", "--verify", "--quiet", rev+"^{commit}")
 	if err == nil {

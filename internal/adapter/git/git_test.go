@@ -146,7 +146,9 @@ func TestExportHoldsTheCommitAndNothingElse(t *testing.T) {
 	if err := os.Symlink("a/file", filepath.Join(dir, "link")); err != nil {
 		t.Fatal(err)
 	}
-	os.Chmod(filepath.Join(dir, "run.sh"), 0o755)
+	if err := os.Chmod(filepath.Join(dir, "run.sh"), 0o755); err != nil {
+		t.Fatal(err)
+	}
 	git("add", "-A")
 	git("commit", "-q", "-m", "second")
 	write(t, dir, map[string]string{"a/file": "not committed", "untracked": "x"})

@@ -370,5 +370,27 @@ func (c *Client) Login(ctx context.Context, jwt secret.Value) (secret.Value, tim
 	if token.ExpirationTime != nil {
 		expiry = *token.ExpirationTime
 	}
-	return secret.New(token.SecretID), expiry, nil
+	secretID := secret.New(token.SecretID)
+	return secretID, expiry, c.tokenArrived(ctx, secretID)
+}
+
+// tokenLimit bounds how long a server may lag behind the leader, as after a restart.
+const tokenLimit = 20 * time.Second
+
+// tokenArrived waits until the server that we talk to knows a new token itself:
+// some requests, such as parsing, are answered from what it has.
+func (c *Client) tokenArrived(ctx context.Context, token secret.Value) error {
+	client, err := c.WithToken(token)
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	return retry.Until(ctx, "nomad's server to know the new token", tokenLimit, func(ctx context.Context) error {
+		query := client.query(ctx)
+		query.AllowStale = true
+		if _, _, err := client.api.ACLTokens().Self(query); err != nil {
+			return describe(err, "read the new token")
+		}
+		return nil
+	})
 }

@@ -16,10 +16,10 @@ import (
 	"time"
 
 	"github.com/nomad-site/site/internal/secret"
+	"github.com/nomad-site/site/internal/testneeds"
 )
 
 const (
-	nomadVariable = "SITE_TEST_NOMAD"
 	// helperVariable makes the test binary a task of a job under test.
 	helperVariable = "SITE_TEST_TASK"
 	bootstrapToken = "4f0c3f0e-3c5e-4f5b-9a5e-0a4a6a1f7d11"
@@ -63,13 +63,7 @@ func serve() {
 // client connects to the shared agent with the management token.
 func client(t *testing.T) *Client {
 	t.Helper()
-	binary := os.Getenv(nomadVariable)
-	if binary == "" {
-		if os.Getenv("CI") != "" {
-			t.Fatalf("%s is not set, and CI skips nothing", nomadVariable)
-		}
-		t.Skipf("%s names no Nomad binary", nomadVariable)
-	}
+	binary := testneeds.Tool(t, "nomad")
 	agent.once.Do(func() { agent.err = startAgent(binary) })
 	if agent.err != nil {
 		t.Fatal(agent.err)

@@ -98,7 +98,9 @@ func (c *Client) copyLog(ctx context.Context, alloc, task string, stream Stream,
 		return err
 	}
 	defer func() { _ = body.Close() }()
-	if _, err := io.Copy(w, body); err != nil {
+	plain := &plainWriter{w: w}
+	_, err = io.Copy(plain, body)
+	if err = errors.Join(err, plain.flush()); err != nil {
 		return fmt.Errorf("read %s of task %s: %w", stream, task, err)
 	}
 	return nil
@@ -121,7 +123,7 @@ func (c *Client) openLog(ctx context.Context, alloc, task string, stream Stream,
 	return body, nil
 }
 
-func (c *Client) logTail(ctx context.Context, alloc, task string, stream Stream, lines int) ([]string, error) {
+func (c *Client) logTail(ctx context.Context, alloc, task string, stream Stream, lines int) ([]logLine, error) {
 	body, err := c.openLog(ctx, alloc, task, stream, false, tailBytes)
 	if err != nil {
 		return nil, err
@@ -131,16 +133,7 @@ func (c *Client) logTail(ctx context.Context, alloc, task string, stream Stream,
 	if err != nil {
 		return nil, fmt.Errorf("read %s of task %s: %w", stream, task, err)
 	}
-	return lastLines(string(content), lines), nil
-}
-
-func lastLines(content string, count int) []string {
-	content = strings.ToValidUTF8(strings.TrimRight(content, "\n"), "\uFFFD")
-	if content == "" {
-		return nil
-	}
-	lines := strings.Split(content, "\n")
-	return lines[max(0, len(lines)-count):]
+	return lastLines(string(content), stream, lines), nil
 }
 
 func (c *Client) findAllocation(ctx context.Context, id, prefix string) (*api.AllocationListStub, error) {

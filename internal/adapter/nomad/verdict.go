@@ -1,6 +1,7 @@
 package nomad
 
 import (
+	"encoding/json"
 	"fmt"
 	"regexp"
 	"sort"
@@ -73,6 +74,12 @@ func (e *RolloutError) Unwrap() error { return e.Err }
 // Hint implements plan.Hinter.
 func (e *RolloutError) Hint() string { return e.Verdict.Hint }
 
+// WasReverted reports whether the version before runs again.
+func (e *RolloutError) WasReverted() bool { return e.Verdict.Reverted }
+
+// killedExitCode is that of a process that was ended by SIGKILL.
+const killedExitCode = 128 + 9
+
 // finding is one cause seen at one task; the smaller rank is the nearer to the root.
 type finding struct {
 	class  Class
@@ -123,6 +130,10 @@ func classifyEvent(event *api.TaskEvent, migration bool) (finding, bool) {
 		switch {
 		case event.Details["oom_killed"] == "true" || strings.Contains(strings.ToLower(said), "oom killed"):
 			return finding{ClassOOM, said, 1}, true
+		case exitCode == killedExitCode || event.Signal == 9 || event.Details["signal"] == "9":
+			// Podman does not notice the kernel's doing under control groups of
+			// version 1, and Nomad announces its own kills.
+			return finding{ClassOOM, said + ": the kernel killed the task, most likely at its memory limit", 1}, true
 		case exitCode == 0 && event.Signal == 0 && (event.Details["signal"] == "" || event.Details["signal"] == "0"):
 			return finding{ClassExit, "the task ended: " + said, 6}, true
 		case migration:
@@ -155,10 +166,30 @@ func isSecretText(said string) bool {
 func eventText(event *api.TaskEvent) string {
 	for _, said := range []string{event.DisplayMessage, event.DriverError, event.Message, event.DownloadError, event.SetupError, event.ValidationError} {
 		if said != "" {
-			return said
+			return plainText(said)
 		}
 	}
 	return event.Type
+}
+
+var (
+	// What podman's driver wraps around the words of podman.
+	driverWrapping = regexp.MustCompile(`^rpc error: code = \w+ desc = `)
+	pullWrapping   = regexp.MustCompile(`failed to create image: \S+: failed to start task, unable to pull image (\S+) ?: (?:image pull report indicates error: )?`)
+	jsonAnswer     = regexp.MustCompile(`(?:, status code: \d+)?: (\{"cause":.*\})$`)
+)
+
+// plainText takes an event's text out of what plugins wrapped around it.
+func plainText(said string) string {
+	said = driverWrapping.ReplaceAllString(strings.TrimSpace(said), "")
+	said = pullWrapping.ReplaceAllString(said, "unable to pull image $1: ")
+	if found := jsonAnswer.FindStringSubmatchIndex(said); found != nil {
+		var answer struct{ Message string }
+		if json.Unmarshal([]byte(said[found[2]:]), &answer) == nil && answer.Message != "" {
+			said = said[:found[0]] + ": " + answer.Message
+		}
+	}
+	return said
 }
 
 // culprit is the task of a failed rollout that says most about its cause.

@@ -67,11 +67,11 @@ func (c *Client) Wait(ctx context.Context, prepared *Prepared, registered *Regis
 	for {
 		shot, err := c.snapshotAfter(limited, registered.JobID, index, pollWait)
 		switch {
-		case ctx.Err() != nil && !errors.Is(ctx.Err(), context.DeadlineExceeded):
+		case ctx.Err() != nil && !errors.Is(context.Cause(ctx), context.DeadlineExceeded):
 			return fmt.Errorf("wait for job %s: %w", registered.JobID, context.Cause(ctx))
 		case limited.Err() != nil:
 			failed := judge.timedOut(last, transient)
-			return c.fail(ctx, last, failed, judge, limited.Err())
+			return c.fail(ctx, last, failed, judge, context.Cause(limited))
 		case err != nil && statusOf(err) != 0 && statusOf(err) < 500:
 			return err
 		case err != nil:
@@ -467,10 +467,10 @@ func (c *Client) accuse(ctx context.Context, verdict *Verdict, guilty *culprit) 
 			continue // a task that never started has no logs
 		}
 		for _, line := range lines {
-			verdict.LogTail = append(verdict.LogTail, string(stream)+": "+line)
-			if verdict.Class == ClassExit && portPattern.MatchString(line) {
+			verdict.LogTail = append(verdict.LogTail, string(line.stream)+": "+line.text)
+			if verdict.Class == ClassExit && portPattern.MatchString(line.text) {
 				// Only the task itself knows why it ended.
-				verdict.Class, verdict.Reason = ClassPort, line+" ("+verdict.Reason+")"
+				verdict.Class, verdict.Reason = ClassPort, line.text+" ("+verdict.Reason+")"
 			}
 		}
 	}
@@ -483,7 +483,7 @@ func (c *Client) followRevert(ctx context.Context, registered Registration, opti
 	stop := context.AfterFunc(ctx, func() {
 		// Interrupted: what is known by then is the answer. A deadline that
 		// passes meanwhile still leaves the bounded wait.
-		if errors.Is(ctx.Err(), context.Canceled) {
+		if !errors.Is(context.Cause(ctx), context.DeadlineExceeded) {
 			cancel()
 		}
 	})

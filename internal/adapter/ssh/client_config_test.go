@@ -3,11 +3,13 @@ package ssh
 import (
 	"os/exec"
 	"testing"
+
+	"github.com/nomad-site/site/internal/testneeds"
 )
 
 func TestPlainSSHReachesTheSameHost(t *testing.T) {
 	s := newServer(t, []string{"ecdsa", "ed25519"})
-	need(t, "ssh")
+	testneeds.Program(t, "ssh")
 	plain := func(t *testing.T, conn *Conn, name string) (string, error) {
 		t.Helper()
 		path, err := conn.WriteSSHConfig(t.TempDir() + "/with blank")

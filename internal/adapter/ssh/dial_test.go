@@ -16,6 +16,7 @@ import (
 
 	"github.com/nomad-site/site/internal/plan"
 	"github.com/nomad-site/site/internal/secret"
+	"github.com/nomad-site/site/internal/testneeds"
 )
 
 func TestHostKeys(t *testing.T) {
@@ -78,7 +79,7 @@ func TestHostKeys(t *testing.T) {
 		target := s.target()
 		target.KnownHostsFiles = []string{revoked}
 		_, err := Dial(t.Context(), target, Options{})
-		mustBe[*HostKeyRevokedError](t, err)
+		_ = mustBe[*HostKeyRevokedError](t, err)
 	})
 	t.Run("an unknown key is refused, then recorded on request, then pinned", func(t *testing.T) {
 		s := s.in(t)
@@ -106,7 +107,7 @@ func TestHostKeys(t *testing.T) {
 			t.Errorf("%d lines in %q", lines, content)
 		}
 		mustContain(t, string(content), "[127.0.0.1]:"+count(s.port)+" ssh-ed25519 ")
-		if output, err := exec.Command(need(t, "ssh-keygen"), "-F", "[127.0.0.1]:"+count(s.port), "-f", record).CombinedOutput(); err != nil {
+		if output, err := exec.Command(testneeds.Program(t, "ssh-keygen"), "-F", "[127.0.0.1]:"+count(s.port), "-f", record).CombinedOutput(); err != nil {
 			t.Errorf("OpenSSH does not find the line: %v: %s", err, output)
 		}
 		target.KnownHostsFiles = []string{record}
@@ -197,7 +198,7 @@ func TestLogin(t *testing.T) {
 		target := s.target()
 		target.IdentityFile = ""
 		_, err := Dial(t.Context(), target, Options{})
-		mustBe[*AuthError](t, err)
+		_ = mustBe[*AuthError](t, err)
 		mustContain(t, plan.HintOf(err), "ssh-agent")
 	})
 	t.Run("an encrypted key without a passphrase", func(t *testing.T) {
@@ -213,7 +214,7 @@ func TestLogin(t *testing.T) {
 		target := s.target()
 		target.IdentityFile = s.path("locked")
 		asked := 0
-		conn := s.dial(target, Options{Passphrase: func(file string) (secret.Value, error) {
+		conn := s.dial(target, Options{Passphrase: func(string) (secret.Value, error) {
 			asked++
 			return secret.New("open sesame"), nil
 		}})
@@ -366,13 +367,13 @@ func TestUnreachableHosts(t *testing.T) {
 			}
 		}()
 		_, err := Dial(t.Context(), target, Options{})
-		mustBe[*ConnectError](t, err)
+		_ = mustBe[*ConnectError](t, err)
 	})
 	t.Run("a name that does not exist", func(t *testing.T) {
 		s := s.in(t)
 		target := s.target()
 		target.Address = "no-such-host.invalid"
 		_, err := Dial(t.Context(), target, Options{})
-		mustBe[*ConnectError](t, err)
+		_ = mustBe[*ConnectError](t, err)
 	})
 }

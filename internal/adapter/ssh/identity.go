@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"slices"
 	"sync"
 
 	"golang.org/x/crypto/ssh"
@@ -95,9 +96,9 @@ func findIdentities(host settings, passphrase func(file string) (secret.Value, e
 		found.offered, found.further = fromFiles, rest
 	case host.explicitFiles:
 		// A server counts offers: what was named comes first.
-		found.offered = append(fromFiles, rest...)
+		found.offered = slices.Concat(fromFiles, rest)
 	default:
-		found.offered = append(rest, fromFiles...)
+		found.offered = slices.Concat(rest, fromFiles)
 	}
 	return found
 }

@@ -1,6 +1,7 @@
 package ssh
 
 import (
+	"bufio"
 	"compress/gzip"
 	"context"
 	"crypto/sha256"
@@ -167,12 +168,18 @@ func compressed(source io.Reader) io.ReadCloser {
 	stream := &compressedReader{PipeReader: reader, ended: make(chan struct{})}
 	go func() {
 		defer close(stream.ended)
-		compressor, err := gzip.NewWriterLevel(writer, gzip.BestSpeed)
+		// The compressor writes a few hundred bytes at a time: without a buffer
+		// each would travel as a packet of its own.
+		buffered := bufio.NewWriterSize(writer, 64<<10)
+		compressor, err := gzip.NewWriterLevel(buffered, gzip.BestSpeed)
 		if err == nil {
 			_, err = io.Copy(compressor, source)
 		}
 		if err == nil {
 			err = compressor.Close()
+		}
+		if err == nil {
+			err = buffered.Flush()
 		}
 		_ = writer.CloseWithError(err)
 	}()

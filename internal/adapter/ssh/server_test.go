@@ -21,6 +21,7 @@ import (
 	gossh "golang.org/x/crypto/ssh"
 
 	"github.com/nomad-site/site/internal/retry"
+	"github.com/nomad-site/site/internal/testneeds"
 )
 
 // server is a real sshd with its own keys on a free loopback port.
@@ -51,25 +52,11 @@ func (l *lockedBuffer) String() string {
 	return l.buffer.String()
 }
 
-func need(t *testing.T, program string) string {
-	t.Helper()
-	for _, path := range []string{program, "/usr/sbin/" + program} {
-		if found, err := exec.LookPath(path); err == nil {
-			return found
-		}
-	}
-	if os.Getenv("CI") != "" {
-		t.Fatalf("%s is missing, and CI must not skip", program)
-	}
-	t.Skipf("%s is missing", program)
-	return ""
-}
-
 // newServer starts sshd with host keys of the given types (default ed25519)
 // and a login key "id" of the operator.
 func newServer(t *testing.T, hostKeys []string, options ...string) *server {
 	t.Helper()
-	need(t, "sshd")
+	testneeds.Program(t, "sshd")
 	s := &server{t: t, dir: t.TempDir(), user: localUser(), options: options}
 	if os.Geteuid() == 0 {
 		if err := os.MkdirAll("/run/sshd", 0o755); err != nil {
@@ -117,7 +104,7 @@ func (s *server) path(name string) string { return filepath.Join(s.dir, name) }
 func (s *server) keygen(name, kind string, more ...string) {
 	s.t.Helper()
 	args := append([]string{"-q", "-t", kind, "-N", "", "-f", s.path(name)}, more...)
-	if output, err := exec.Command(need(s.t, "ssh-keygen"), args...).CombinedOutput(); err != nil {
+	if output, err := exec.Command(testneeds.Program(s.t, "ssh-keygen"), args...).CombinedOutput(); err != nil {
 		s.t.Fatalf("ssh-keygen: %v: %s", err, output)
 	}
 }
@@ -164,7 +151,7 @@ func (s *server) start() {
 	}, s.options...)
 	s.write("sshd_config", strings.Join(lines, "\n")+"\n")
 	s.log = &lockedBuffer{}
-	s.process = exec.Command(need(s.t, "sshd"), "-D", "-e", "-f", s.path("sshd_config"))
+	s.process = exec.Command(testneeds.Program(s.t, "sshd"), "-D", "-e", "-f", s.path("sshd_config"))
 	s.process.Stderr = s.log
 	// A session that a failed test left open holds stderr.
 	s.process.WaitDelay = time.Second
@@ -312,7 +299,7 @@ func (p *proxy) mute() {
 func (s *server) startAgent(keys ...string) string {
 	s.t.Helper()
 	socket := filepath.Join(s.t.TempDir(), "agent")
-	agent := exec.Command(need(s.t, "ssh-agent"), "-D", "-a", socket)
+	agent := exec.Command(testneeds.Program(s.t, "ssh-agent"), "-D", "-a", socket)
 	if err := agent.Start(); err != nil {
 		s.t.Fatal(err)
 	}
@@ -325,7 +312,7 @@ func (s *server) startAgent(keys ...string) string {
 		s.t.Fatal(err)
 	}
 	for _, key := range keys {
-		add := exec.Command(need(s.t, "ssh-add"), "-q", s.path(key))
+		add := exec.Command(testneeds.Program(s.t, "ssh-add"), "-q", s.path(key))
 		add.Env = append(os.Environ(), "SSH_AUTH_SOCK="+socket)
 		if output, err := add.CombinedOutput(); err != nil {
 			s.t.Fatalf("ssh-add: %v: %s", err, output)

@@ -98,7 +98,7 @@ func Render(in Input) (Document, error) {
 		{Path: "/opt/site/bin", Owner: "root", Group: "root", Mode: "0755"},
 		{Path: "/opt/site/nomad/plugins", Owner: "root", Group: "root", Mode: "0755"},
 		{Path: "/var/lib/nomad", Owner: "root", Group: "root", Mode: "0700"},
-		{Path: "/var/lib/site", Owner: "root", Group: "root", Mode: "0755"},
+		{Path: "/var/lib/site", Owner: "root", Group: "root", Mode: "0700"},
 		{Path: ReleasesPath, Owner: "root", Group: "root", Mode: "0700"},
 	}
 	for _, component := range in.Site.Components {

@@ -29,6 +29,7 @@ func acquireCommand(options Options, file func() lease.File) *cobra.Command {
 			"lost to a takeover ends it with 5 and a second line, the new lock.",
 		RunE: func(command *cobra.Command, _ []string) error {
 			ctx := command.Context()
+			request.Attended = hold
 			lock, err := file().Acquire(ctx, request)
 			if err != nil {
 				return options.refused(err)

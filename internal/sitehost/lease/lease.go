@@ -32,6 +32,9 @@ type Lock struct {
 	Reason     string    `json:"reason"`
 	Since      time.Time `json:"since"`
 	LeaseUntil time.Time `json:"lease_until"`
+	// Process is the process on this host that holds the lock as long as it
+	// lives; empty for a lock that only its lease bounds.
+	Process string `json:"process,omitempty"`
 }
 
 // HeldError says that someone else holds the lock; the zero Lock in it, that
@@ -57,6 +60,8 @@ type Request struct {
 	// Takeover is the ID of a lock, seen by the user, that may be taken although
 	// its lease still runs. Another holder's later lock is not taken.
 	Takeover string
+	// Attended binds the lock to this process: it is free when that is gone.
+	Attended bool
 }
 
 // File is a lock file.
@@ -92,11 +97,14 @@ func (f File) Acquire(ctx context.Context, request Request) (Lock, error) {
 		}
 		now := f.now()
 		ours := current.ID == request.ID
-		free := current.ID == "" || !current.LeaseUntil.After(now)
+		free := current.ID == "" || !current.LeaseUntil.After(now) || dead(current.Process)
 		if !ours && !free && current.ID != request.Takeover {
 			return &HeldError{Current: current}
 		}
 		taken = Lock{ID: request.ID, Holder: request.Holder, Reason: request.Reason, Since: now, LeaseUntil: now.Add(request.Lease)}
+		if request.Attended {
+			taken.Process = processID(os.Getpid())
+		}
 		if ours {
 			taken.Since = current.Since
 		}
@@ -145,10 +153,11 @@ func (f File) Release(ctx context.Context, id string) error {
 	})
 }
 
-// Show returns the lock; held is false where there is none or its lease ran out.
+// Show returns the lock; held is false where there is none, its lease ran out or
+// its process is gone.
 func (f File) Show() (current Lock, held bool, err error) {
 	current, err = f.read() // writes are atomic: no guard needed
-	return current, err == nil && current.ID != "" && current.LeaseUntil.After(f.now()), err
+	return current, err == nil && current.ID != "" && current.LeaseUntil.After(f.now()) && !dead(current.Process), err
 }
 
 func (f File) read() (Lock, error) {

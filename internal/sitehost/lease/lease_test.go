@@ -188,3 +188,34 @@ func TestAHolderLearnsThatItsLockWasTaken(t *testing.T) {
 		t.Fatalf("got %v", err)
 	}
 }
+
+func TestALockIsFreeWhenItsProcessIsGone(t *testing.T) {
+	file := File{Path: filepath.Join(t.TempDir(), "lock.json")}
+	anna := Request{ID: "a", Holder: "anna", Lease: time.Hour, Attended: true}
+	ben := Request{ID: "b", Holder: "ben", Lease: time.Hour}
+	lock, err := file.Acquire(t.Context(), anna)
+	if err != nil || lock.Process == "" {
+		t.Fatalf("lock %+v, %v", lock, err)
+	}
+	var held *HeldError
+	if _, err := file.Acquire(t.Context(), ben); !errors.As(err, &held) {
+		t.Fatalf("got %v although the holder lives", err)
+	}
+	// As after a reboot, and as if the number was given to another process.
+	for _, gone := range []string{"another-boot/1/1", lock.Process + "1"} {
+		lock.Process = gone
+		if err := file.write(lock); err != nil {
+			t.Fatal(err)
+		}
+		if _, stillHeld, err := file.Show(); err != nil || stillHeld {
+			t.Errorf("process %s: held %t, %v", gone, stillHeld, err)
+		}
+	}
+	if _, err := file.Acquire(t.Context(), ben); err != nil {
+		t.Fatal(err)
+	}
+	// Without a process, only the lease frees it.
+	if _, err := file.Acquire(t.Context(), anna); !errors.As(err, &held) || held.Current.Holder != "ben" {
+		t.Fatalf("got %v", err)
+	}
+}

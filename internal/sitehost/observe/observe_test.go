@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/nomad-site/site/internal/reconcile/host"
+	"github.com/nomad-site/site/internal/testneeds"
 )
 
 const emptyDigest = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
@@ -236,9 +237,7 @@ func TestTheDefaultRouteWithTheLowestMetricCounts(t *testing.T) {
 }
 
 func TestThisMachineAnswersForItself(t *testing.T) {
-	if _, err := os.Stat("/usr/bin/dpkg-query"); err != nil {
-		t.Skip("no dpkg on this machine")
-	}
+	testneeds.Program(t, "dpkg-query")
 	got, err := New("/var/lib/site/store").Observe(t.Context(), host.Document{Version: 1, Packages: []host.Package{{Name: "dpkg", Version: "1:999"}, {Name: "base-files", Version: "0"}}})
 	if err != nil {
 		t.Fatal(err)

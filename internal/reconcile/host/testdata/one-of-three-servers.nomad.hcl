@@ -1,0 +1,61 @@
+# Written by site for host gamma-1. Changes made here are found and undone by the next deploy.
+name       = "gamma-1"
+region     = "global"
+datacenter = "dc1"
+data_dir   = "/var/lib/nomad"
+plugin_dir = "/opt/site/nomad/plugins"
+bind_addr  = "0.0.0.0"
+log_level  = "INFO"
+
+disable_update_check = true
+leave_on_interrupt   = false
+leave_on_terminate   = false
+
+# The API is plain HTTP on loopback only: operators reach it through SSH.
+addresses {
+  http = "127.0.0.1"
+}
+
+advertise {
+  http = "127.0.0.1"
+  rpc  = "203.0.113.5"
+  serf = "203.0.113.5"
+}
+
+acl {
+  enabled = true
+}
+
+tls {
+  http                   = false
+  rpc                    = true
+  ca_file                = "/etc/nomad.d/tls/ca.crt"
+  cert_file              = "/etc/nomad.d/tls/agent.crt"
+  key_file               = "/etc/nomad.d/tls/agent.key"
+  verify_server_hostname = true
+}
+
+server {
+  enabled          = true
+  bootstrap_expect = 3
+  server_join {
+    retry_join     = ["203.0.113.5", "203.0.113.6", "203.0.113.7"]
+    retry_interval = "2s"
+  }
+}
+
+client {
+  enabled = false
+}
+
+plugin "nomad-driver-podman" {
+  config {
+    volumes {
+      enabled = true
+    }
+    gc {
+      container = true
+    }
+    recover_stopped = false
+  }
+}
