@@ -60,6 +60,12 @@ test-full: setup tools ## the long matrices too
 lint: setup build ## formatting, import rules, build files, generated files
 	hack/lint
 
+generate: build ## write what is generated: build files, command reference, golden files
+	$(SITE) tool install gazelle
+	hack/bazel
+	SITE_TEST_UNIT=1 go test ./internal/adapter/toolchain ./internal/cli ./internal/reconcile/host ./internal/site \
+	  -run 'Catalogue|Reference|Golden|Formatted' -update
+
 bench: setup tools ## speed and memory, as ratios; see docs/performance.md
 	SITE_TEST_LAB=1 SITE_TEST_SITE=$(CURDIR)/$(SITE) go test -run '^$$' -bench . -benchtime 1x -timeout 60m ./test/bench/...
 

@@ -59,6 +59,9 @@ type Report struct {
 	Chunks      int
 	BytesToSend int64
 	BytesTotal  int64
+	// BytesOf says how much of BytesToSend is for which lacking blob. A chunk
+	// that several have counts for the first.
+	BytesOf map[Digest]int64
 }
 
 // Empty reports that the host has all of the offer.
@@ -87,7 +90,7 @@ func Missing(ctx context.Context, rw io.ReadWriter, offer Offer) (Report, error)
 	if err != nil {
 		return Report{}, finish(err)
 	}
-	report := Report{Chunks: len(need), BytesTotal: s.total}
+	report := Report{Chunks: len(need), BytesTotal: s.total, BytesOf: map[Digest]int64{}}
 	for _, i := range s.lack.Blobs {
 		report.Blobs = append(report.Blobs, s.offer.Blobs[i].Source.Digest())
 	}
@@ -95,7 +98,9 @@ func Missing(ctx context.Context, rw io.ReadWriter, offer Offer) (Report, error)
 		report.Names = append(report.Names, s.offer.Names[i])
 	}
 	for _, raw := range need {
-		report.BytesToSend += s.chunks[raw].size
+		at := s.chunks[raw]
+		report.BytesToSend += at.size
+		report.BytesOf[s.offer.Blobs[at.blob].Source.Digest()] += at.size
 	}
 	return report, finish(nil)
 }

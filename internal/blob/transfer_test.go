@@ -81,6 +81,9 @@ func TestMissingOnlyAsks(t *testing.T) {
 	if len(report.Blobs) != 1 || len(report.Names) != 1 || report.Chunks == 0 || report.Chunks > 3 || report.Empty() {
 		t.Errorf("got %+v", report)
 	}
+	if len(report.BytesOf) != 1 || report.BytesOf[src.Source.Digest()] != report.BytesToSend {
+		t.Errorf("bytes of each blob are %v, want all %d for the only one", report.BytesOf, report.BytesToSend)
+	}
 	if now := listing(); len(now) != len(untouched) {
 		t.Errorf("the store changed: %v", now)
 	}

@@ -23,16 +23,20 @@ func newInit(env Environment, flags *globalFlags) *cobra.Command {
 		Long: `Writes a site with one host and one component into this folder, once. The files
 are the truth from then on: edit them by hand, commit them.
 `,
-		Example: "  site init --site=gamma --host=203.0.113.5 --operator-key=~/.ssh/id_ed25519.pub",
-		Args:    cobra.NoArgs,
+		Example: `  site init --site=gamma --host=203.0.113.5 --operator-key=~/.ssh/id_ed25519.pub
+
+  # on a lab of this machine:
+  site lab up
+  site init --site=lab --host=lab-1 --ssh-config=.lab/lab/ssh_config --operator-key=.lab/lab/id.pub`,
+		Args: cobra.NoArgs,
 		RunE: func(_ *cobra.Command, _ []string) error {
 			if answers.Site == "" || answers.HostAddress == "" {
 				return plan.WithHint(errors.New("--site and --host are needed"), "for example: site init --site=gamma --host=203.0.113.5")
 			}
 			if keyFile != "" {
-				content, err := os.ReadFile(keyFile)
+				content, err := os.ReadFile(expandHome(keyFile))
 				if err != nil {
-					return fmt.Errorf("operator's public key: %w", err)
+					return plan.WithHint(fmt.Errorf("operator's public key: %w", err), "name your public key, such as ~/.ssh/id_ed25519.pub")
 				}
 				answers.OperatorPublicKey = string(content)
 			}
@@ -43,10 +47,14 @@ are the truth from then on: edit them by hand, commit them.
 			if flags.json {
 				return printJSON(env.Out, map[string][]string{"files": files})
 			}
+			if flags.json {
+				return printJSON(env.Out, map[string][]string{"files": files})
+			}
 			for _, file := range files {
 				_, _ = fmt.Fprintln(env.Out, file)
 			}
-			return nil
+			_, err = fmt.Fprint(env.Out, nextSteps(answers))
+			return err
 		},
 	}
 	command.Flags().StringVar(&answers.Site, "site", "", "the site's name")
@@ -58,6 +66,40 @@ are the truth from then on: edit them by hand, commit them.
 	command.Flags().StringVar(&answers.Component, "component", "app", "the first component's name")
 	command.Flags().BoolVar(&answers.Force, "force", false, "overwrite the files of an earlier init")
 	return command
+}
+
+// expandHome does what shells leave undone in --flag=~/path.
+func expandHome(path string) string {
+	if rest, ok := strings.CutPrefix(path, "~/"); ok {
+		if home, err := os.UserHomeDir(); err == nil {
+			return filepath.Join(home, rest)
+		}
+	}
+	return path
+}
+
+// nextSteps are the commands from the files of an init to a healthy job.
+func nextSteps(answers site.InitOptions) string {
+	operator := ""
+	if answers.OperatorPublicKey == "" {
+		operator = fmt.Sprintf("\nNobody may deploy without the root token yet: add your key as an operator to sites/%s/site.hcl.\n", answers.Site)
+	}
+	return strings.NewReplacer("SITE", answers.Site, "APP", answers.Component).Replace(`
+Next, in this folder:
+
+  # your application's image, from any builder
+  mkdir -p images && podman save -o images/APP.tar IMAGE
+  # a deploy reads the content of a commit
+  git init && git add . && git commit -m "Site SITE"
+  # once on each machine that deploys
+  site tool install nomad nomad-driver-podman ansible
+  # keep it in a safe, never in git
+  site root-token new SITE.root-token
+  site bootstrap-deploy --site=SITE --root-token-file=SITE.root-token
+  git add . && git commit -m "Init material of SITE"
+
+From then on: site plan, site deploy, site status, site logs APP. README.md says more.
+`) + operator
 }
 
 func newRootToken(env Environment) *cobra.Command {

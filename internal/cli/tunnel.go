@@ -1,14 +1,17 @@
 package cli
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"github.com/nomad-site/site/internal/adapter/toolchain"
 	"github.com/nomad-site/site/internal/deploy"
 	"github.com/nomad-site/site/internal/plan"
 )
@@ -59,8 +62,8 @@ func newEnv(env Environment, flags *globalFlags) *cobra.Command {
 		Use:   "env -- COMMAND [ARGUMENT…]",
 		Short: "Run a command with a tunnel and a short token, so that nomad just works",
 		Long: `Runs a command with NOMAD_ADDR and NOMAD_TOKEN set: the address of a tunnel that
-is open as long as the command runs, and a token that is good for minutes.
-Without a command it runs your shell.
+is open as long as the command runs, and a token that is good for minutes. The
+pinned nomad comes first in its PATH. Without a command it runs your shell.
 `,
 		Example: "  site env --site=gamma -- nomad job status",
 		RunE: func(command *cobra.Command, args []string) error {
@@ -78,9 +81,12 @@ Without a command it runs your shell.
 			}
 			return deploy.OpenTunnel(command.Context(), options, deploy.TunnelRequest{WithToken: true}, func(tunnel deploy.Tunnel) error {
 				_, _ = fmt.Fprintf(env.Err, "site env: the token is good until %s\n", tunnel.Expiry.Local().Format(time.TimeOnly))
-				child := exec.CommandContext(command.Context(), args[0], args[1:]...)
+				child, err := envCommand(command.Context(), options.Platform.Tools, args)
+				if err != nil {
+					return err
+				}
 				child.Stdin, child.Stdout, child.Stderr = env.In, env.Out, env.Err
-				child.Env = append(os.Environ(), "NOMAD_ADDR=http://"+tunnel.Local, "NOMAD_TOKEN="+tunnel.Token.Reveal())
+				child.Env = append(child.Env, "NOMAD_ADDR=http://"+tunnel.Local, "NOMAD_TOKEN="+tunnel.Token.Reveal())
 				if err := child.Run(); err != nil {
 					return fmt.Errorf("%s: %w", args[0], err)
 				}
@@ -90,4 +96,29 @@ Without a command it runs your shell.
 	}
 	of.add(command)
 	return command
+}
+
+// envCommand finds a command as the child's shell would: the pinned nomad, which
+// fits the site, comes before any other.
+func envCommand(ctx context.Context, tools *toolchain.Toolchain, args []string) (*exec.Cmd, error) {
+	path := os.Getenv("PATH")
+	name := args[0]
+	if pinned, err := tools.Which("nomad", toolchain.Host()); err == nil {
+		path = filepath.Dir(pinned) + string(os.PathListSeparator) + path
+		if name == "nomad" {
+			name = pinned
+		}
+	}
+	found, err := exec.LookPath(name)
+	if err != nil {
+		hint := "install it, or give its path"
+		if name == "nomad" {
+			hint = "run: site tool install nomad"
+		}
+		return nil, plan.WithHint(err, "%s", hint)
+	}
+	child := exec.CommandContext(ctx, found, args[1:]...)
+	child.Args[0] = args[0]
+	child.Env = append(os.Environ(), "PATH="+path)
+	return child, nil
 }

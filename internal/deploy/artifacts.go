@@ -226,8 +226,8 @@ func joinOffers(shipments []shipment) blob.Offer {
 	return offer
 }
 
-// probe asks one host what it lacks: one question for all, and one more for
-// each artifact that is not complete, so that each has its own figure.
+// probe asks one host what it lacks: one question for all, since each carries
+// the chunk lists of what is lacking.
 func (s *session) probe(ctx context.Context, h *remoteHost, desired []shipment) ([]artifact.Actual, error) {
 	actual := make([]artifact.Actual, len(desired))
 	missing, err := s.missing(ctx, h, joinOffers(desired))
@@ -247,14 +247,8 @@ func (s *session) probe(ctx context.Context, h *remoteHost, desired []shipment) 
 		for _, offered := range one.offer.Blobs {
 			if lacking[offered.Source.Digest()] {
 				actual[i].MissingBlobs++
+				actual[i].MissingBytes += missing.BytesOf[offered.Source.Digest()]
 			}
-		}
-		if actual[i].MissingBlobs > 0 {
-			report, err := s.missing(ctx, h, one.offer)
-			if err != nil {
-				return nil, err
-			}
-			actual[i].MissingBytes = report.BytesToSend
 		}
 	}
 	return actual, nil

@@ -17,6 +17,7 @@ import (
 	"github.com/nomad-site/site/internal/plan"
 	"github.com/nomad-site/site/internal/reconcile/host"
 	"github.com/nomad-site/site/internal/retry"
+	"github.com/nomad-site/site/internal/seal"
 )
 
 func (s *session) connectHosts() plan.Step {
@@ -72,21 +73,43 @@ func (s *session) document(h *remoteHost) (host.Document, error) {
 		input.ServerAddresses = append(input.ServerAddresses, address)
 	}
 	if s.material != nil && !s.credentialsHold(h) {
-		certificate, key, err := s.material.AgentCertificate(h.Name, s.site.Region, h.Server, []string{input.Address}, time.Now())
+		now := time.Now()
+		certificate, key, err := s.material.AgentCertificate(h.Name, s.site.Region, h.Server, []string{input.Address}, now)
 		if err != nil {
 			return host.Document{}, err
 		}
 		input.Credentials = &host.Credentials{
 			GossipKey: s.material.GossipKey, CACertPEM: s.material.CACertPEM, AgentCertPEM: certificate, AgentKeyPEM: key,
+			Expire: seal.AgentExpiry(now),
 		}
 	}
 	return host.Render(input)
+}
+
+// renewBefore is how long before its end a certificate is made anew, by any run
+// that has the site root token.
+const renewBefore = 90 * 24 * time.Hour
+
+// warnOfExpiry tells a run without the site root token of what it cannot renew.
+func (s *session) warnOfExpiry() {
+	for _, h := range s.hosts {
+		if h.applied == nil || s.material != nil {
+			continue
+		}
+		if expiry := h.applied.CredentialsExpire; time.Until(expiry) < renewBefore {
+			s.options.Warn(fmt.Sprintf("the agent certificate of %s expires on %s: run `site bootstrap-deploy` with the site root token",
+				h.Name, expiry.Format(time.DateOnly)))
+		}
+	}
 }
 
 // credentialsHold reports whether the host's secret files are what was applied
 // and come from this init material: then they are not made anew.
 func (s *session) credentialsHold(h *remoteHost) bool {
 	if h.applied == nil || h.applied.FileSHA256(host.CACertPath) != hexSum([]byte(s.material.CACertPEM)) {
+		return false
+	}
+	if time.Until(h.applied.CredentialsExpire) < renewBefore {
 		return false
 	}
 	if h.observed == nil {
@@ -109,6 +132,7 @@ func (s *session) observeHosts(ctx context.Context) (perHost[host.Document], err
 	if err := s.each(ctx, s.hosts, func(ctx context.Context, h *remoteHost) error { return h.readApplied(ctx) }); err != nil {
 		return nil, err
 	}
+	s.warnOfExpiry()
 	documents := perHost[host.Document]{}
 	var mutex sync.Mutex
 	err := s.each(ctx, s.hosts, func(ctx context.Context, h *remoteHost) error {

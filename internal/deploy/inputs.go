@@ -126,7 +126,7 @@ func (s *session) buildArtifacts(ctx context.Context) error {
 				problems = append(problems, fmt.Errorf("component %s: %w", component.Name, err))
 				continue
 			}
-			if built.FromWorkTree {
+			if built.FromWorkTree && artifact.SHA256 == "" {
 				s.options.Warn(fmt.Sprintf("artifact %s of component %s is built from %s", artifact.Name, component.Name, built.Source))
 			}
 			s.built[component.Name] = append(s.built[component.Name], built)

@@ -105,10 +105,15 @@ func (s *session) observeNomad(ctx context.Context) (nomadState, error) {
 }
 
 // hostsPending reports whether Nomad cannot be expected to answer: on some
-// server the agent does not run, or not as it should.
+// server the agent does not run, or an operator cannot log in because site-host
+// does not serve the keys.
 func (s *session) hostsPending() bool {
 	for _, h := range s.servers() {
-		if h.siteHostDigest == "" || h.observed == nil || h.observed.Units["nomad.service"].Active != "active" {
+		if h.siteHostDigest == "" || h.observed == nil {
+			return true
+		}
+		running := func(unit string) bool { return h.observed.Units[unit].Active == "active" }
+		if !running("nomad.service") || s.material == nil && !running("site-host.service") {
 			return true
 		}
 	}

@@ -177,7 +177,7 @@ func HintsOf(err error) []string {
 	var hints []string
 	var walk func(error)
 	walk = func(err error) {
-		if hinter, ok := err.(Hinter); ok { //nolint:errorlint // each node of the tree is looked at
+		if hinter, ok := err.(Hinter); ok { // each node of the tree is looked at
 			if hint := hinter.Hint(); hint != "" {
 				if !slices.Contains(hints, hint) {
 					hints = append(hints, hint)
@@ -185,7 +185,7 @@ func HintsOf(err error) []string {
 				return
 			}
 		}
-		switch wrapped := err.(type) { //nolint:errorlint // as above
+		switch wrapped := err.(type) { //nolint:errorlint // each node of the tree is looked at
 		case interface{ Unwrap() error }:
 			walk(wrapped.Unwrap())
 		case interface{ Unwrap() []error }:

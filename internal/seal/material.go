@@ -205,6 +205,9 @@ func Open(sealed []byte, rootToken secret.Value, site, place string) (Material, 
 	}, nil
 }
 
+// AgentExpiry is when an agent's certificate made now expires: in a year.
+func AgentExpiry(now time.Time) time.Time { return now.AddDate(1, 0, 0).UTC().Truncate(time.Second) }
+
 // AgentCertificate signs a certificate for a host's Nomad agent. Nomad's
 // verify_server_hostname wants the name <role>.<region>.nomad.
 func (m Material) AgentCertificate(host, region string, server bool, addresses []string, now time.Time) (certPEM string, keyPEM secret.Value, err error) {
@@ -241,7 +244,7 @@ func (m Material) AgentCertificate(host, region string, server bool, addresses [
 	}
 	template := &x509.Certificate{
 		SerialNumber: serial, Subject: pkix.Name{CommonName: host},
-		NotBefore: now.Add(-time.Hour), NotAfter: now.AddDate(1, 0, 0),
+		NotBefore: now.Add(-time.Hour), NotAfter: AgentExpiry(now),
 		DNSNames: names, IPAddresses: ips,
 		KeyUsage:    x509.KeyUsageDigitalSignature,
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},

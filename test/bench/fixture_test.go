@@ -221,6 +221,10 @@ func (f *fixture) bootstrapSite(b *testing.B) error {
 	if _, err := f.runSite("plan", "--site", labName, "--root-token-file", "site.root-token"); err != nil {
 		return err
 	}
+	// What was written here must not have to be written while site waits for its own.
+	if _, err := f.do("sync"); err != nil {
+		return err
+	}
 	var err error
 	f.bootstrap, err = f.runSite("bootstrap-deploy", "--site", labName, "--root-token-file", "site.root-token", "--json")
 	return err

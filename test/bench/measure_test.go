@@ -13,7 +13,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/nomad-site/site/internal/plan"
@@ -51,15 +50,45 @@ func (f *fixture) do(command ...string) (run, error) {
 	var stdout, stderr bytes.Buffer
 	child.Stdout, child.Stderr = &stdout, &stderr
 	start := time.Now()
-	err := child.Run()
-	done := run{seconds: time.Since(start).Seconds(), output: stdout.String()}
+	if err := child.Start(); err != nil {
+		return run{}, fmt.Errorf("%s: %w", strings.Join(command, " "), err)
+	}
+	ended := make(chan struct{})
+	highest := make(chan int64, 1)
+	go func() { highest <- watchMemory(child.Process.Pid, ended) }()
+	err := child.Wait()
+	close(ended)
+	done := run{seconds: time.Since(start).Seconds(), output: stdout.String(), peak: <-highest}
 	if err != nil {
 		return done, fmt.Errorf("%s: %w: %s%s", strings.Join(command, " "), err, lastLines(stdout.String()), lastLines(stderr.String()))
 	}
-	if usage, ok := child.ProcessState.SysUsage().(*syscall.Rusage); ok {
-		done.peak = usage.Maxrss << 10
-	}
 	return done, nil
+}
+
+// watchMemory asks the kernel for the peak of a process until it has ended. Its
+// resource usage would not do: that begins with the peak of this process, of
+// which the child was a copy before it became another program.
+func watchMemory(pid int, ended <-chan struct{}) int64 {
+	var highest int64
+	ticker := time.NewTicker(10 * time.Millisecond)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ended:
+			return highest
+		case <-ticker.C:
+		}
+		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+		if err != nil {
+			continue
+		}
+		for line := range strings.Lines(string(status)) {
+			var kilobytes int64
+			if _, err := fmt.Sscanf(line, "VmHWM: %d kB", &kilobytes); err == nil {
+				highest = max(highest, kilobytes<<10)
+			}
+		}
+	}
 }
 
 func lastLines(text string) string {

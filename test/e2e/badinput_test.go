@@ -55,7 +55,7 @@ func newTrap(t *testing.T) *trap {
 // localBinary is the site binary for tests without a host: it need not carry
 // site-host.
 //
-//nolint:gochecknoglobals // built once for all tests
+// Built once for all tests.
 var localBinary struct {
 	once sync.Once
 	path string

@@ -27,8 +27,7 @@ const name = "e2e"
 func TestMain(m *testing.M) { os.Exit(runTests(m)) }
 
 // shared is the lab of this run of the tests.
-//
-//nolint:gochecknoglobals // one lab for all tests: booting it is what takes long
+// There is one for all tests: booting it is what takes long.
 var shared sharedLab
 
 func runTests(m *testing.M) int {

@@ -77,64 +77,76 @@ func TestWhatIsBrokenByHandIsNamedAndRepaired(t *testing.T) {
 	}
 	for _, each := range []struct {
 		name, broken string
-		// want is exactly what is named and repaired.
-		want []string
+		// want is exactly what is named and repaired. With blind, jobs cannot be
+		// looked at before that.
+		want  []string
+		blind bool
 		// repaired is a look at the host that succeeds after the repair.
 		repaired string
 	}{
 		{
 			"a declared folder is removed", "rmdir /srv/worker",
-			[]string{"create directory /srv/worker"}, `test "$(stat -c %u:%a /srv/worker)" = 65532:750`,
+			[]string{"create directory /srv/worker"}, false, `test "$(stat -c %u:%a /srv/worker)" = 65532:750`,
 		},
 		{
 			"a folder's owner is another", "chown root:root /run/worker",
-			[]string{"update directory /run/worker"}, `test "$(stat -c %u:%a /run/worker)" = 65532:700`,
+			[]string{"update directory /run/worker"}, false, `test "$(stat -c %u:%a /run/worker)" = 65532:700`,
 		},
 		{
 			"a file's mode is another", "chmod 0666 /etc/tmpfiles.d/site.conf",
-			[]string{"update file /etc/tmpfiles.d/site.conf"}, `test "$(stat -c %a /etc/tmpfiles.d/site.conf)" = 644`,
+			[]string{"update file /etc/tmpfiles.d/site.conf"}, false, `test "$(stat -c %a /etc/tmpfiles.d/site.conf)" = 644`,
 		},
 		{
 			"site-host is stopped", "systemctl stop site-host",
-			[]string{"start unit site-host.service"}, "systemctl is-active site-host",
+			[]string{"start unit site-host.service"}, true, "systemctl is-active site-host",
+		},
+		{
+			"Nomad is stopped", "systemctl stop nomad",
+			[]string{"start unit nomad.service"}, true, "systemctl is-active nomad",
 		},
 		{
 			"site-host is disabled", "systemctl disable site-host",
-			[]string{"update unit site-host.service"}, "systemctl is-enabled site-host",
+			[]string{"update unit site-host.service"}, false, "systemctl is-enabled site-host",
 		},
 		{
 			"site-host is another program",
 			"cp /opt/site/bin/site-host /root/copy; printf x >> /root/copy; mv /root/copy /opt/site/bin/site-host",
-			[]string{"upload binary /opt/site/bin/site-host", "restart unit site-host.service"},
+			[]string{"upload binary /opt/site/bin/site-host", "restart unit site-host.service"}, false,
 			`cmp /opt/site/bin/site-host "/proc/$(systemctl show --property=MainPID --value site-host)/exe"`,
 		},
 		{
 			"the Nomad configuration is edited", "echo '# mine' >> /etc/nomad.d/nomad.hcl",
-			[]string{"update file /etc/nomad.d/nomad.hcl", "restart unit nomad.service"}, "! grep mine /etc/nomad.d/nomad.hcl",
+			[]string{"update file /etc/nomad.d/nomad.hcl", "restart unit nomad.service"}, false, "! grep mine /etc/nomad.d/nomad.hcl",
 		},
 		{
 			"the driver is removed", "rm /opt/site/nomad/plugins/nomad-driver-podman",
-			[]string{"create binary /opt/site/nomad/plugins/nomad-driver-podman", "restart unit nomad.service"},
+			[]string{"create binary /opt/site/nomad/plugins/nomad-driver-podman", "restart unit nomad.service"}, false,
 			"test -x /opt/site/nomad/plugins/nomad-driver-podman",
 		},
 		{
 			"a job is stopped", nomad("job stop hello"),
-			[]string{"start job hello"}, nomad("job status hello | grep -q running"),
+			[]string{"start job hello"}, false, nomad("job status hello | grep -w running >/dev/null"),
 		},
 		{
 			"a job is purged", nomad("job stop -purge worker"),
-			[]string{"create job worker"}, nomad("job status worker | grep -q running"),
+			[]string{"create job worker"}, false, nomad("job status worker | grep -w running >/dev/null"),
 		},
 		{
 			"a job is scaled", nomad("job scale worker worker 0"),
-			[]string{"update job worker"}, nomad("job status worker | grep -q running"),
+			[]string{"update job worker"}, false, nomad("job status worker | grep -w running >/dev/null"),
 		},
 	} {
 		t.Run(each.name, func(t *testing.T) {
 			s := s.in(t)
+			jobs := slices.ContainsFunc(each.want, func(word string) bool { return strings.Contains(word, " job ") })
+			before := s.traces("hello") + s.traces("worker")
 			s.host.shell(each.broken)
 			start := time.Now()
-			s.planIs(each.want...)
+			named := each.want
+			if each.blind {
+				named = append(slices.Clone(each.want), "wait unknown nomad", "wait unknown jobs", "wait unknown release")
+			}
+			s.planIs(named...)
 			planned := time.Since(start)
 			got := s.must("deploy", "--json")
 			var done []change
@@ -149,6 +161,9 @@ func TestWhatIsBrokenByHandIsNamedAndRepaired(t *testing.T) {
 			s.planIs()
 			s.waitHealthy("hello")
 			s.waitHealthy("worker")
+			if after := s.traces("hello") + s.traces("worker"); !jobs && after != before {
+				t.Errorf("the jobs were touched: %s, now %s", before, after)
+			}
 			t.Logf("plan took %s, repair %s", planned.Round(time.Millisecond), got.duration.Round(time.Millisecond))
 		})
 	}

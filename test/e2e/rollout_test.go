@@ -474,8 +474,8 @@ func TestAJobOnItsWayIsWaitedForAndNotRegisteredAgain(t *testing.T) {
 	before, version := s.jobIndex("slow")
 
 	interrupted := s.start("deploy")
-	s.until("the run to wait for the job", soon, func() error {
-		_, err := s.get(9001, "/healthz")
+	s.until("the run to have the lock", soon, func() error {
+		_, err := s.host.tryExec("test", "-e", "/var/lib/site/lock.json")
 		return err
 	})
 	interrupted.signal(syscall.SIGINT)

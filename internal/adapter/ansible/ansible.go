@@ -152,7 +152,7 @@ func endConnections(ctx context.Context, folder string) {
 	defer cancel()
 	sockets, _ := filepath.Glob(filepath.Join(folder, "*"))
 	for _, socket := range sockets {
-		_ = exec.CommandContext(ctx, "ssh", "-F", "/dev/null", "-o", "ControlPath="+socket, "-O", "exit", "host").Run() //nolint:gosec // our own folder
+		_ = exec.CommandContext(ctx, "ssh", "-F", "/dev/null", "-o", "ControlPath="+socket, "-O", "exit", "host").Run()
 	}
 }
 

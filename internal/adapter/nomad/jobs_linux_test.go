@@ -12,6 +12,7 @@ import (
 
 	"github.com/nomad-site/site/internal/plan"
 	"github.com/nomad-site/site/internal/reconcile/job"
+	"github.com/nomad-site/site/internal/retry"
 )
 
 var quick = WaitOptions{Limit: time.Minute, PlacementGrace: 2 * time.Second, Settle: 2 * time.Second}
@@ -275,12 +276,14 @@ func TestAHealthyServiceIsANoOpAfterwards(t *testing.T) {
 
 func waitFor(t *testing.T, what string, is func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); time.Now().Before(deadline); time.Sleep(100 * time.Millisecond) {
-		if is() {
-			return
+	if err := retry.Until(t.Context(), what, 30*time.Second, func(context.Context) error {
+		if !is() {
+			return errors.New("not yet")
 		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
 	}
-	t.Fatalf("gave up waiting for %s", what)
 }
 
 func TestATaskThatExitsAtOnceEndsInAVerdictAndIsRetried(t *testing.T) {

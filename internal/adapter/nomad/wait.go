@@ -48,6 +48,9 @@ const (
 	// pollWait bounds each blocking query: deployments and evaluations change
 	// without an allocation changing.
 	pollWait = time.Second
+	// soonWait is the same while all is healthy and only the deployment has to
+	// be called successful, which changes no allocation.
+	soonWait = 200 * time.Millisecond
 	// revertWait bounds how long a version that Nomad went back to is followed.
 	revertWait = 2 * time.Minute
 )
@@ -64,8 +67,9 @@ func (c *Client) Wait(ctx context.Context, prepared *Prepared, registered *Regis
 	var index uint64
 	var transient error
 	said := ""
+	wait := pollWait
 	for {
-		shot, err := c.snapshotAfter(limited, registered.JobID, index, pollWait)
+		shot, err := c.snapshotAfter(limited, registered.JobID, index, wait)
 		switch {
 		case ctx.Err() != nil && !errors.Is(context.Cause(ctx), context.DeadlineExceeded):
 			return fmt.Errorf("wait for job %s: %w", registered.JobID, context.Cause(ctx))
@@ -85,6 +89,9 @@ func (c *Client) Wait(ctx context.Context, prepared *Prepared, registered *Regis
 		}
 		last, index, transient = shot, shot.allocationIndex, nil
 		outcome := judge.look(shot, time.Now())
+		if wait = pollWait; outcome.soon {
+			wait = soonWait
+		}
 		switch {
 		case outcome.failure != nil:
 			return c.fail(ctx, shot, *outcome.failure, judge, nil)
@@ -126,6 +133,8 @@ type failure struct {
 type outcome struct {
 	done    bool
 	waiting string
+	// soon says that only a formality is waited for.
+	soon    bool
 	failure *failure
 }
 
@@ -194,7 +203,7 @@ func (j *judge) look(shot snapshot, now time.Time) outcome {
 		return j.lookBatch(shot)
 	}
 	if deployment != nil && deployment.Status != api.DeploymentStatusSuccessful {
-		return outcome{waiting: describeDeployment(deployment, shot, version)}
+		return outcome{waiting: describeDeployment(deployment, shot, version), soon: allHealthy(deployment)}
 	}
 	return j.lookRunning(shot, deployment != nil, now)
 }
@@ -338,6 +347,16 @@ func (j *judge) describeWait(shot snapshot, state string) string {
 		return state + "; waiting for a place: " + strings.Join(reasons, "; ")
 	}
 	return state + latestEvent(shot, j.registered.Version)
+}
+
+// allHealthy reports whether each group of a running deployment is complete.
+func allHealthy(deployment *api.Deployment) bool {
+	for _, state := range deployment.TaskGroups {
+		if state.HealthyAllocs < state.DesiredTotal {
+			return false
+		}
+	}
+	return deployment.Status == api.DeploymentStatusRunning && !strings.Contains(deployment.StatusDescription, "manual promotion")
 }
 
 func describeDeployment(deployment *api.Deployment, shot snapshot, version uint64) string {

@@ -1,6 +1,7 @@
 package toolchain
 
 import (
+	"flag"
 	"os"
 	"strings"
 	"testing"
@@ -38,6 +39,8 @@ func TestTheShippedCatalogueIsSound(t *testing.T) {
 	}
 }
 
+var update = flag.Bool("update", false, "write the generated files anew")
+
 func TestTheCatalogueTableIsCurrent(t *testing.T) {
 	tools, err := ParseCatalogue(bootstrap.FS)
 	if err != nil {
@@ -58,13 +61,13 @@ func TestTheCatalogueTableIsCurrent(t *testing.T) {
 	if kept == table {
 		return
 	}
-	if os.Getenv("UPDATE_GOLDEN") != "" {
+	if *update {
 		if err := os.WriteFile(path, []byte(before+begin+table+end+after), 0o644); err != nil {
 			t.Fatal(err)
 		}
 		return
 	}
-	t.Errorf("the table in %s is not what the pins say; run this test with UPDATE_GOLDEN=1", path)
+	t.Errorf("the table in %s is not what the pins say; run `make generate`", path)
 }
 
 func TestParseCatalogueReportsAllMistakesWithTheirPlaces(t *testing.T) {

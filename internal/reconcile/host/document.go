@@ -3,6 +3,8 @@
 // compares with reality.
 package host
 
+import "time"
+
 // DocumentVersion is raised when the meaning of a field changes.
 const DocumentVersion = 1
 
@@ -16,6 +18,8 @@ type Document struct {
 	Files       []File      `json:"files"`
 	Binaries    []Binary    `json:"binaries"`
 	Units       []Unit      `json:"units"`
+	// CredentialsExpire is when the agent's certificate among the secret files does.
+	CredentialsExpire time.Time `json:"credentials_expire,omitzero"`
 }
 
 // Package is a Debian package, satisfied by this version or a newer one.

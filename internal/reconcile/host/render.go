@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"text/template"
+	"time"
 
 	"github.com/nomad-site/site/internal/secret"
 	"github.com/nomad-site/site/internal/site"
@@ -64,6 +65,7 @@ type Credentials struct {
 	CACertPEM    string
 	AgentCertPEM string
 	AgentKeyPEM  secret.Value
+	Expire       time.Time
 }
 
 // NeedsCredentialsError says that a host's secret files can only be written
@@ -129,6 +131,11 @@ func Render(in Input) (Document, error) {
 		return Document{}, err
 	}
 	document.Files = append(document.Files, secrets...)
+	if in.Credentials != nil {
+		document.CredentialsExpire = in.Credentials.Expire
+	} else {
+		document.CredentialsExpire = in.Applied.CredentialsExpire
+	}
 
 	document.Binaries = []Binary{
 		{Path: NomadPath, SHA256: in.NomadSHA256, Mode: "0755"},

@@ -89,7 +89,7 @@ func TestTheAgentsConfigurationIsGolden(t *testing.T) {
 				t.Fatal(err)
 			}
 			if got != string(want) {
-				t.Errorf("%s is not what is rendered; if that is meant, run the test with -update. Rendered:\n%s", path, got)
+				t.Errorf("%s is not what is rendered; if that is meant, run `make generate`. Rendered:\n%s", path, got)
 			}
 		})
 	}

@@ -158,7 +158,7 @@ func TestASilentHolderLosesTheLockAndAChattyOneKeepsIt(t *testing.T) {
 	go func() {
 		for range 5 { // bounded: then silence
 			_, _ = writer.Write([]byte("\n"))
-			time.Sleep(60 * time.Millisecond) // the beat itself is what is tested
+			time.Sleep(60 * time.Millisecond) //nolint:forbidigo // the beat itself is what is tested
 		}
 	}()
 	err = file.Hold(t.Context(), lock, reader, HoldOptions{Lease: time.Minute, Heartbeat: 200 * time.Millisecond})
