@@ -37,6 +37,9 @@ lab: setup tools ## boot the lab and bring it to a healthy job
 	$(SITE) bootstrap-deploy --site=lab --root-token-file=$(LAB_TOKEN)
 	$(SITE) status --site=lab
 	@echo
+	@echo "The application answers:"
+	@$(SITE) tunnel --site=lab hello --get=/version
+	@echo
 	@echo "Look around:"
 	@echo "  $(SITE) status --site=lab              what runs"
 	@echo "  $(SITE) logs --site=lab hello          what it says"

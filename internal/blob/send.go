@@ -112,6 +112,9 @@ type sourceChunk struct {
 	size   int64
 }
 
+// manifestWindow is ample for lists of digests, in which nothing comes twice.
+const manifestWindow = 256 << 10
+
 type sending struct {
 	wire   *wire
 	offer  Offer
@@ -320,7 +323,7 @@ func increasing(positions []int, limit int) bool {
 }
 
 func (s *sending) sendManifests() error {
-	encoder, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1))
+	encoder, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(manifestWindow))
 	if err != nil {
 		return &localError{err}
 	}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"sync"
 	"syscall"
 
@@ -115,13 +116,41 @@ func (s *Store) clean() error {
 		return err
 	}
 	defer blobs.Close()
-	return s.eachFile(manifestsDir, func(dir *os.Root, name string) error {
+	err = s.eachFile(manifestsDir, func(dir *os.Root, name string) error {
 		_, err := blobs.Lstat(trimJSON(name))
 		if errors.Is(err, fs.ErrNotExist) {
 			return dir.Remove(name)
 		}
 		return err
 	})
+	if err != nil {
+		return err
+	}
+	return s.cleanIncoming()
+}
+
+// cleanIncoming removes the chunks of finished blobs: whoever was killed after
+// the last rename of an assembly left them. Others wait for a transfer to go on.
+func (s *Store) cleanIncoming() error {
+	var arrived []Digest
+	err := s.eachFile(incomingDir, func(_ *os.Root, name string) error {
+		if digest := Digest("sha256:" + name); digest.Valid() {
+			arrived = append(arrived, digest)
+		}
+		return nil
+	})
+	if err != nil || len(arrived) == 0 {
+		return err
+	}
+	s.mutex.Lock()
+	defer s.mutex.Unlock()
+	if err := s.refresh(); err != nil {
+		return err
+	}
+	return s.removeIncoming(slices.DeleteFunc(arrived, func(digest Digest) bool {
+		_, finished := s.index.chunks[digest.raw()]
+		return !finished
+	})...)
 }
 
 // makeDir makes one folder of the store; its parent is there already.

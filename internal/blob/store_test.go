@@ -535,3 +535,25 @@ func TestFullDiskIsNamed(t *testing.T) {
 	}
 	onlyProven(t, store)
 }
+
+func TestOpenForgetsTheChunksOfFinishedBlobsOnly(t *testing.T) {
+	store := openStore(t)
+	finished, unfinished := text(1<<20, 1), text(1<<20, 2)
+	put(t, store, finished)
+	// As if the writer was killed between the rename of the blob and the clean-up.
+	putChunks(t, store, mustChunk(t, finished), finished)
+	waiting := mustChunk(t, unfinished)
+	putChunks(t, store, waiting, unfinished)
+	reopened, err := OpenStore(store.Dir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reopened.Close()
+	left, err := os.ReadDir(filepath.Join(store.Dir(), incomingDir))
+	if err != nil || len(left) != len(waiting.Chunks) {
+		t.Errorf("%d chunks are left, want %d, %v", len(left), len(waiting.Chunks), err)
+	}
+	if missing, err := reopened.Missing([]Digest{waiting.Chunks[0].Digest}); err != nil || len(missing) > 0 {
+		t.Errorf("a chunk that waits for its blob is gone: %v", err)
+	}
+}

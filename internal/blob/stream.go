@@ -87,7 +87,8 @@ func (s *sending) stream(ctx context.Context, need []rawDigest, result *Result, 
 	if workers <= 0 {
 		workers = min(4, runtime.GOMAXPROCS(0))
 	}
-	encoder, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(workers), zstd.WithSingleSegment(true))
+	// A window beyond a chunk finds nothing more, and each worker has two of them.
+	encoder, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(workers), zstd.WithSingleSegment(true), zstd.WithWindowSize(MaxChunkSize))
 	if err != nil {
 		return &localError{err}
 	}

@@ -3,6 +3,8 @@ package cli
 import (
 	"context"
 	"fmt"
+	"io"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -19,14 +21,16 @@ import (
 func newTunnel(env Environment, flags *globalFlags) *cobra.Command {
 	of := &siteFlags{}
 	request := deploy.TunnelRequest{}
+	get := ""
 	command := &cobra.Command{
 		Use:   "tunnel [JOB | HOST:PORT]",
 		Short: "Open a local port that leads into the site",
 		Long: `Opens a local port that leads, through SSH, to a job's service or to an address
 as seen from a host of the site; without an argument to Nomad's API. It stays
-open until interrupted.
+open until interrupted. With --get it asks for one path, prints the answer and ends.
 `,
-		Args: cobra.MaximumNArgs(1),
+		Example: "  site tunnel --site=gamma app\n  site tunnel --site=gamma app --get=/version",
+		Args:    cobra.MaximumNArgs(1),
 		RunE: func(command *cobra.Command, args []string) error {
 			options, err := of.options(env, flags)
 			if err != nil {
@@ -42,6 +46,12 @@ open until interrupted.
 				}
 			}
 			return deploy.OpenTunnel(command.Context(), options, request, func(tunnel deploy.Tunnel) error {
+				if get != "" {
+					if err := printAnswer(command.Context(), env.Out, "http://"+tunnel.Local+get); err != nil {
+						return err
+					}
+					return errDone
+				}
 				if flags.json {
 					return printJSON(env.Out, map[string]string{"local": tunnel.Local})
 				}
@@ -53,7 +63,33 @@ open until interrupted.
 	of.add(command)
 	command.Flags().StringVar(&request.Listen, "listen", "", "local address; default: a free port on 127.0.0.1")
 	command.Flags().StringVar(&request.Host, "host", "", "the host to go through; default: the first server")
+	command.Flags().StringVar(&get, "get", "", "ask for this path by HTTP, print the answer and end")
 	return command
+}
+
+// answerLimit bounds one request of `site tunnel --get`.
+const answerLimit = 30 * time.Second
+
+// printAnswer asks once; anything but a 2xx is an error.
+func printAnswer(ctx context.Context, w io.Writer, url string) error {
+	ctx, cancel := context.WithTimeout(ctx, answerLimit)
+	defer cancel()
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return plan.WithHint(err, "give --get a path such as /version")
+	}
+	answer, err := http.DefaultClient.Do(request)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = answer.Body.Close() }()
+	if _, err := io.Copy(w, answer.Body); err != nil {
+		return fmt.Errorf("read the answer of %s: %w", request.URL.Path, err)
+	}
+	if answer.StatusCode < 200 || answer.StatusCode > 299 {
+		return fmt.Errorf("%s answered %s", request.URL.Path, answer.Status)
+	}
+	return nil
 }
 
 func newEnv(env Environment, flags *globalFlags) *cobra.Command {

@@ -1,10 +1,13 @@
 package deploy
 
 import (
+	"errors"
 	"fmt"
+	"io"
 
 	"github.com/nomad-site/site/internal/adapter/nomad"
 	"github.com/nomad-site/site/internal/adapter/ssh"
+	"github.com/nomad-site/site/internal/plan"
 )
 
 // finish ends a protocol that ran over a remote command. Where the protocol
@@ -16,6 +19,14 @@ func finish(process *ssh.Process, err error) error {
 	}
 	said := process.Stderr()
 	_ = process.Close()
+	if errors.Is(err, io.ErrUnexpectedEOF) {
+		// The command ended in the middle: how it did says more.
+		if ended := process.Wait(); errors.Is(ended, ssh.ErrConnectionLost) {
+			return ended
+		} else if ended != nil {
+			return plan.WithHint(fmt.Errorf("%w: %w", err, ended), "run it again: what arrived is kept; if it stays, see `journalctl` on the host")
+		}
+	}
 	if said != "" {
 		return fmt.Errorf("%w (site-host said: %s)", err, said)
 	}

@@ -64,8 +64,9 @@ func BenchmarkChangedImage(b *testing.B) {
 	for _, each := range changes {
 		transfers, runs := map[string][]run{}, map[string][]run{}
 		for repetition := range repetitions() {
+			// The lines differ in length, so that what follows them moves.
 			p := last["site"]
-			if err := each.make(f, p, fmt.Sprintf("site, change %d", repetition)); err != nil {
+			if err := each.make(f, p, "site makes a change"+strings.Repeat(", again", repetition)); err != nil {
 				b.Fatal(err)
 			}
 			if err := f.prepare(b, rival{}, *p); err != nil {
@@ -79,7 +80,7 @@ func BenchmarkChangedImage(b *testing.B) {
 			transfers["site"] = append(transfers["site"], run{seconds: done.step("artifacts"), wire: done.wire})
 			for _, one := range each.rivals {
 				p := last[one.name]
-				if err := each.make(f, p, fmt.Sprintf("%s, change %d", one.name, repetition)); err != nil {
+				if err := each.make(f, p, one.name+" makes a change"+strings.Repeat(", again", repetition)); err != nil {
 					b.Fatal(err)
 				}
 				if err := f.prepare(b, one, *p); err != nil {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"os/exec"
@@ -125,6 +126,20 @@ func privateTemp(t *testing.T) string {
 	t.Cleanup(func() { _ = os.RemoveAll(folder) })
 	t.Setenv("TMPDIR", folder)
 	return folder
+}
+
+// wantEmpty fails the test where anything is in a folder of this machine.
+func (s *testSite) wantEmpty(folder string) {
+	s.t.Helper()
+	var left []string
+	if err := filepath.WalkDir(folder, func(path string, _ fs.DirEntry, err error) error {
+		if path != folder {
+			left = append(left, path)
+		}
+		return err
+	}); err != nil || len(left) > 0 {
+		s.t.Errorf("left on this machine: %s, %v", strings.Join(left, ", "), err)
+	}
 }
 
 // processes gives the command lines of this machine's processes, those in the
@@ -313,9 +328,7 @@ func TestSiteIsKilledAtEachStepOfABootstrapAndTheNextRunGoesOn(t *testing.T) {
 	secrets := s.secrets()
 	s.wantNoSecretsInProcesses(secrets)
 	s.wantNoSecretsOnHost(secrets)
-	if left, err := os.ReadDir(temp); err != nil || len(left) > 0 {
-		t.Errorf("left in the temporary folder of this machine: %v, %v", left, err)
-	}
+	s.wantEmpty(temp)
 	found, err := filepath.Glob(filepath.Join(s.dir, "sites", name, ".*"))
 	if err != nil || len(found) > 0 {
 		t.Errorf("left in the repository: %v, %v", found, err)
@@ -340,9 +353,7 @@ func TestAnInterruptEndsTheStepAndGivesTheLockBack(t *testing.T) {
 	if commands, _ := processes(t); strings.Contains(strings.Join(commands, "\n"), temp) {
 		t.Error("children outlive the command")
 	}
-	if left, err := os.ReadDir(temp); err != nil || len(left) > 0 {
-		t.Errorf("left in the temporary folder: %v, %v", left, err)
-	}
+	s.wantEmpty(temp)
 	if out, err := s.host.tryExec("cat", "/var/lib/site/lock.json"); err == nil {
 		t.Errorf("the lock is still held: %s", out)
 	}

@@ -20,6 +20,7 @@ import (
 	"github.com/nomad-site/site/internal/plan"
 	"github.com/nomad-site/site/internal/retry"
 	"github.com/nomad-site/site/internal/seal"
+	"github.com/nomad-site/site/internal/testneeds"
 )
 
 // testSite is an adopter's repository and the host that it describes.
@@ -72,7 +73,7 @@ func readOnly(o *siteOptions) { o.readOnly = true }
 // newSite gives a test a fresh repository and a host in a known state.
 func newSite(t *testing.T, options ...option) *testSite {
 	t.Helper()
-	needLab(t)
+	testneeds.Lab(t)
 	chosen := siteOptions{}
 	for _, each := range options {
 		each(&chosen)

@@ -46,18 +46,6 @@ func runTests(m *testing.M) int {
 	return code
 }
 
-// needLab skips without a lab, but never in CI: there it must run.
-func needLab(t *testing.T) {
-	t.Helper()
-	if os.Getenv("SITE_TEST_LAB") != "" {
-		return
-	}
-	if os.Getenv("CI") != "" {
-		t.Fatal("SITE_TEST_LAB is not set: the tests on the lab must not be skipped in CI")
-	}
-	t.Skip("set SITE_TEST_LAB=1 (as root) to run on a real lab")
-}
-
 // sharedLab is a lab that comes up when the first test needs it. Tests with it
 // run one after the other.
 type sharedLab struct {

@@ -471,6 +471,9 @@ func TestAJobOnItsWayIsWaitedForAndNotRegisteredAgain(t *testing.T) {
 	if got.code != 4 || verdict.Class != nomad.ClassTimeout || !strings.Contains(verdict.Hint, "--timeout") || got.duration > soon/2 {
 		t.Fatalf("a deadline of 12 s: got %+v of %v", verdict, got)
 	}
+	if len(verdict.Events) == 0 || !slices.Contains(verdict.LogTail, "stdout: mode is serve") {
+		t.Errorf("the verdict tells neither events nor log: %+v", verdict)
+	}
 	before, version := s.jobIndex("slow")
 
 	interrupted := s.start("deploy")

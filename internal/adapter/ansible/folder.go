@@ -6,6 +6,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -24,7 +26,7 @@ func WorkFolder() (path string, release func(), err error) {
 	if err := sweep(os.TempDir()); err != nil {
 		return "", nil, fmt.Errorf("ansible work folder: %w", err)
 	}
-	path, err = os.MkdirTemp("", folderPrefix) // mode 0700
+	path, err = os.MkdirTemp("", fmt.Sprintf("%s%d-", folderPrefix, os.Getpid())) // mode 0700
 	if err != nil {
 		return "", nil, fmt.Errorf("ansible work folder: %w", err)
 	}
@@ -56,8 +58,8 @@ func sweep(parent string) error {
 		lock, err := os.OpenFile(filepath.Join(folder, folderLock), os.O_RDWR|syscall.O_NOFOLLOW, 0)
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
-			// Its owner may be about to lock it.
-			if time.Since(info.ModTime()) < unlockedLimit {
+			// Its owner may be about to lock it, or was killed just before.
+			if time.Since(info.ModTime()) < unlockedLimit && !ownerIsGone(folder) {
 				continue
 			}
 		case err != nil: // another user's
@@ -75,4 +77,11 @@ func sweep(parent string) error {
 		}
 	}
 	return nil
+}
+
+// ownerIsGone reports whether the process that a folder is named for has ended.
+func ownerIsGone(folder string) bool {
+	number, _, _ := strings.Cut(strings.TrimPrefix(filepath.Base(folder), folderPrefix), "-")
+	pid, err := strconv.Atoi(number)
+	return err == nil && pid > 0 && errors.Is(syscall.Kill(pid, 0), syscall.ESRCH)
 }

@@ -16,8 +16,10 @@ func TestAWorkFolderIsSweptOnlyWhenNobodyHoldsIt(t *testing.T) {
 	}
 	left := filepath.Join(parent, folderPrefix+"left")   // of a process that was killed
 	fresh := filepath.Join(parent, folderPrefix+"fresh") // not locked yet
+	// Killed before it locked: no process can have this number.
+	gone := filepath.Join(parent, folderPrefix+"2147483647-x")
 	old := filepath.Join(parent, folderPrefix+"old")
-	for _, folder := range []string{left, fresh, old} {
+	for _, folder := range []string{left, fresh, gone, old} {
 		if err := os.Mkdir(folder, 0o700); err != nil {
 			t.Fatal(err)
 		}
@@ -36,7 +38,7 @@ func TestAWorkFolderIsSweptOnlyWhenNobodyHoldsIt(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for path, want := range map[string]bool{held: true, left: false, fresh: true, old: false} {
+	for path, want := range map[string]bool{held: true, left: false, fresh: true, gone: false, old: false} {
 		if _, err := os.Stat(path); (err == nil) != want {
 			t.Errorf("%s: there is %t, want %t", path, err == nil, want)
 		}

@@ -21,7 +21,11 @@ func exited(code, said string) *api.TaskEvent {
 
 func TestCausesAreClassified(t *testing.T) {
 	const image = "127.0.0.1:7380/lab/hello@sha256:0123"
+	const pull = "rpc error: code = Unknown desc = failed to create image: " + image + ": failed to start task, unable to pull image " + image +
+		" : image pull report indicates error: initializing source docker://" + image + ": "
 	started := event(api.TaskStarted, "Task started by client")
+	unhealthy := event("Alloc Unhealthy", "Unhealthy because of failed task")
+	killed := &api.TaskEvent{Type: api.TaskTerminated, DisplayMessage: "Exit Code: 137", ExitCode: 137, Details: map[string]string{"exit_code": "137", "signal": "0", "oom_killed": "false"}}
 	tests := map[string]struct {
 		task   string
 		events []*api.TaskEvent
@@ -29,16 +33,35 @@ func TestCausesAreClassified(t *testing.T) {
 		class  Class
 		reason string
 	}{
+		// What podman 4.3.1 and its driver 0.6.5 say.
 		"an image that the registry lacks": {events: []*api.TaskEvent{
-			event(api.TaskDriverFailure, "rpc error: code = Unknown desc = failed to create image: "+image+": failed to start task, unable to pull image "+image+" : initializing source docker://"+image+": reading manifest: manifest unknown"),
-			event(api.TaskNotRestarting, "Error was unrecoverable"),
-		}, class: ClassImagePull, reason: "manifest unknown"},
+			event("Driver", "Pulling image "+image),
+			event(api.TaskDriverFailure, pull+"reading manifest sha256:0123 in 127.0.0.1:7380/lab/hello: manifest unknown: lab/hello@sha256:0123: not found"),
+			event(api.TaskNotRestarting, "Policy allows no restarts"), unhealthy,
+		}, class: ClassImagePull, reason: "unable to pull image " + image + ": initializing source docker://" + image + ": reading manifest sha256:0123 in 127.0.0.1:7380/lab/hello: manifest unknown"},
 		"a registry that nobody listens at": {events: []*api.TaskEvent{
-			event(api.TaskDriverFailure, "rpc error: code = Unknown desc = failed to create image: "+image+": failed to start task, unable to pull image "+image+" : pinging container registry 127.0.0.1:7380: connect: connection refused"),
+			event(api.TaskDriverFailure, pull+`pinging container registry 127.0.0.1:7380: Get "http://127.0.0.1:7380/v2/": dial tcp 127.0.0.1:7380: connect: connection refused`), unhealthy,
 		}, class: ClassImagePull, reason: "connection refused"},
 		"an image that needs a login": {events: []*api.TaskEvent{
-			event(api.TaskDriverFailure, "rpc error: code = Unknown desc = failed to create image: example.org/x: failed to start task, unable to pull image example.org/x : reading manifest: unauthorized: authentication required"),
+			event(api.TaskDriverFailure, pull+"reading manifest sha256:0123 in 127.0.0.1:7380/lab/hello: unauthorized"), unhealthy,
 		}, class: ClassImageAuth, reason: "unauthorized"},
+		"a registry that refuses": {events: []*api.TaskEvent{
+			event(api.TaskDriverFailure, pull+"pinging container registry 127.0.0.1:7380: invalid status code from registry 403 (Forbidden)"), unhealthy,
+		}, class: ClassImageAuth, reason: "403 (Forbidden)"},
+		"a command that the image lacks": {events: []*api.TaskEvent{
+			event(api.TaskDriverFailure, "rpc error: code = Unknown desc = failed to start task, could not start container: cannot start container, status code: 500: {\"cause\":\"OCI runtime attempted to invoke a command that was not found\",\"message\":\"crun: executable file `/nothere` not found in $PATH: No such file or directory: OCI runtime attempted to invoke a command that was not found\",\"response\":500}\n"), unhealthy,
+		}, class: ClassExit, reason: "failed to start task, could not start container: cannot start container: crun: executable file `/nothere` not found in $PATH"},
+		"a bind mount of nothing": {events: []*api.TaskEvent{
+			event(api.TaskDriverFailure, `rpc error: code = Unknown desc = failed to start task, could not create container: cannot create container, status code: 500: {"cause":"no such file or directory","message":"statfs /srv/nothere: no such file or directory","response":500}`+"\n"), unhealthy,
+		}, class: ClassExit, reason: "cannot create container: statfs /srv/nothere: no such file or directory"},
+		"a task that the kernel killed at its memory limit": {events: []*api.TaskEvent{
+			started, killed, event(api.TaskRestarting, "Task restarting in 1.102520286s"), started, killed,
+			event(api.TaskNotRestarting, `Exceeded allowed attempts 1 in interval 1m0s and mode is "fail"`),
+			event("Alloc Unhealthy", "Task not running for min_healthy_time of 1s by healthy_deadline of 10s"),
+		}, class: ClassOOM, reason: "memory limit"},
+		"a task that nomad had to kill did not run out of memory": {events: []*api.TaskEvent{
+			started, event(api.TaskKilling, "Sent interrupt. Waiting 2s before force killing"), killed,
+		}, check: "broken on purpose", class: ClassCheck, reason: "broken on purpose"},
 		"an artifact that cannot be fetched": {events: []*api.TaskEvent{
 			event(api.TaskArtifactDownloadFailed, `failed to download artifact "http://127.0.0.1:7380/artifacts/lab/page@sha256:01": bad response code: 404`),
 		}, class: ClassImagePull, reason: "404"},

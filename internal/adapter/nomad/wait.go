@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"time"
 
@@ -48,9 +50,6 @@ const (
 	// pollWait bounds each blocking query: deployments and evaluations change
 	// without an allocation changing.
 	pollWait = time.Second
-	// soonWait is the same while all is healthy and only the deployment has to
-	// be called successful, which changes no allocation.
-	soonWait = 200 * time.Millisecond
 	// revertWait bounds how long a version that Nomad went back to is followed.
 	revertWait = 2 * time.Minute
 )
@@ -67,9 +66,8 @@ func (c *Client) Wait(ctx context.Context, prepared *Prepared, registered *Regis
 	var index uint64
 	var transient error
 	said := ""
-	wait := pollWait
 	for {
-		shot, err := c.snapshotAfter(limited, registered.JobID, index, wait)
+		shot, err := c.snapshotAfter(limited, registered.JobID, index, pollWait)
 		switch {
 		case ctx.Err() != nil && !errors.Is(context.Cause(ctx), context.DeadlineExceeded):
 			return fmt.Errorf("wait for job %s: %w", registered.JobID, context.Cause(ctx))
@@ -89,8 +87,9 @@ func (c *Client) Wait(ctx context.Context, prepared *Prepared, registered *Regis
 		}
 		last, index, transient = shot, shot.allocationIndex, nil
 		outcome := judge.look(shot, time.Now())
-		if wait = pollWait; outcome.soon {
-			wait = soonWait
+		if outcome.formality != nil {
+			c.deploymentAfter(limited, outcome.formality, pollWait)
+			index = 0
 		}
 		switch {
 		case outcome.failure != nil:
@@ -105,6 +104,16 @@ func (c *Client) Wait(ctx context.Context, prepared *Prepared, registered *Regis
 			said = outcome.waiting
 			message(progress, "job %s: %s", registered.JobID, options.Redact(said))
 		}
+	}
+}
+
+// deploymentAfter blocks, at most for wait, until a deployment changes. Whatever
+// goes wrong with this, the next snapshot tells.
+func (c *Client) deploymentAfter(ctx context.Context, deployment *api.Deployment, wait time.Duration) {
+	query := c.query(ctx)
+	query.WaitIndex, query.WaitTime = deployment.ModifyIndex, wait
+	if _, _, err := c.api.Deployments().Info(deployment.ID, query); err != nil {
+		_ = pause(ctx, wait)
 	}
 }
 
@@ -133,9 +142,10 @@ type failure struct {
 type outcome struct {
 	done    bool
 	waiting string
-	// soon says that only a formality is waited for.
-	soon    bool
-	failure *failure
+	// formality is the deployment where all is healthy, and Nomad only has to
+	// call it successful: that changes no allocation.
+	formality *api.Deployment
+	failure   *failure
 }
 
 // judge decides about one registration, snapshot by snapshot.
@@ -203,7 +213,11 @@ func (j *judge) look(shot snapshot, now time.Time) outcome {
 		return j.lookBatch(shot)
 	}
 	if deployment != nil && deployment.Status != api.DeploymentStatusSuccessful {
-		return outcome{waiting: describeDeployment(deployment, shot, version), soon: allHealthy(deployment)}
+		waiting := outcome{waiting: describeDeployment(deployment, shot, version)}
+		if allHealthy(deployment) {
+			waiting.formality = deployment
+		}
+		return waiting
 	}
 	return j.lookRunning(shot, deployment != nil, now)
 }
@@ -428,8 +442,11 @@ func (c *Client) fail(ctx context.Context, shot snapshot, failed failure, judged
 		defer cancel()
 		// Not only the newest of each place: a replacement that has not failed
 		// yet must not hide why it was needed.
-		if guilty := findCulprit(c.specOf(evidence, shot, registered), ofVersion(shot, registered.Version), judged.checks); guilty != nil {
+		ours := ofVersion(shot, registered.Version)
+		if guilty := findCulprit(c.specOf(evidence, shot, registered), ours, judged.checks); guilty != nil {
 			c.accuse(evidence, &verdict, guilty)
+		} else if allocation, task := newestTask(ours); allocation != nil {
+			c.quote(evidence, &verdict, allocation, task)
 		}
 	}
 	if failed.reverting {
@@ -475,13 +492,32 @@ func ofVersion(shot snapshot, version uint64) []*api.AllocationListStub {
 func (c *Client) accuse(ctx context.Context, verdict *Verdict, guilty *culprit) {
 	verdict.Class = guilty.class
 	verdict.Reason = guilty.reason + " (" + verdict.Reason + ")"
-	verdict.Group = guilty.allocation.TaskGroup
-	verdict.Task = guilty.task
-	verdict.Alloc = guilty.allocation.ID
-	verdict.Node = guilty.allocation.NodeName
-	verdict.Events = eventLines(guilty.allocation, guilty.task)
+	c.quote(ctx, verdict, guilty.allocation, guilty.task)
+}
+
+// newestTask is what to look at where no task is to blame, such as a slow start.
+func newestTask(allocations []*api.AllocationListStub) (*api.AllocationListStub, string) {
+	var newest *api.AllocationListStub
+	for _, allocation := range allocations {
+		if len(allocation.TaskStates) > 0 && (newest == nil || newest.CreateIndex < allocation.CreateIndex) {
+			newest = allocation
+		}
+	}
+	if newest == nil {
+		return nil, ""
+	}
+	return newest, slices.Min(slices.Collect(maps.Keys(newest.TaskStates)))
+}
+
+// quote adds what a task went through and what it said.
+func (c *Client) quote(ctx context.Context, verdict *Verdict, allocation *api.AllocationListStub, task string) {
+	verdict.Group = allocation.TaskGroup
+	verdict.Task = task
+	verdict.Alloc = allocation.ID
+	verdict.Node = allocation.NodeName
+	verdict.Events = eventLines(allocation, task)
 	for _, stream := range []Stream{Stderr, Stdout} {
-		lines, err := c.logTail(ctx, guilty.allocation.ID, guilty.task, stream, tailLines)
+		lines, err := c.logTail(ctx, allocation.ID, task, stream, tailLines)
 		if err != nil {
 			continue // a task that never started has no logs
 		}

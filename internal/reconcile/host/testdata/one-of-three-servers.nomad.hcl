@@ -38,6 +38,12 @@ tls {
 server {
   enabled          = true
   bootstrap_expect = 3
+  # The client of this agent asks its own server first. Before an election a
+  # server knows only what is in its latest snapshot of the state; without the
+  # node in there the client is refused, and an agent that is merely restarted
+  # ends the tasks that have services. The state of a site is small.
+  raft_snapshot_threshold = 4
+  raft_snapshot_interval  = "5s"
   server_join {
     retry_join     = ["203.0.113.5", "203.0.113.6", "203.0.113.7"]
     retry_interval = "2s"
