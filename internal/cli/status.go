@@ -2,6 +2,7 @@ package cli
 
 import (
 	"fmt"
+	"strings"
 	"text/tabwriter"
 
 	"github.com/dustin/go-humanize"
@@ -55,7 +56,7 @@ func printStatus(env Environment, status deploy.Status) error {
 		if !job.Healthy {
 			state = job.Status + ": " + job.Reason
 		}
-		_, _ = fmt.Fprintf(writer, "%s\t%s\t%d of %d\t%.12s\t%v\n", job.Job, state, job.Running, job.Wanted, job.GitSHA, job.Nodes)
+		_, _ = fmt.Fprintf(writer, "%s\t%s\t%d of %d\t%.12s\t%s\n", job.Job, state, job.Running, job.Wanted, job.GitSHA, strings.Join(job.Nodes, ", "))
 	}
 	if status.Release != nil {
 		_, _ = fmt.Fprintf(writer, "\nrelease %s, commit %.12s, %s\n", status.Release.ID, status.Release.GitSHA, humanize.Time(status.Release.Created))

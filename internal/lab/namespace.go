@@ -134,7 +134,7 @@ func newNamespace(ctx context.Context, dir, log string, groups cgroups) (*namesp
 	holder.Env = cleanEnvironment()
 	holder.Dir = "/"
 	holder.Stdout, holder.Stderr = writer, logFile
-	holder.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWPID}
+	holder.SysProcAttr = holderAttributes()
 	err = holder.Start()
 	_ = writer.Close()
 	if err != nil {

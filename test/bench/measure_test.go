@@ -10,7 +10,9 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -38,6 +40,20 @@ func (r run) step(name string) float64 {
 		}
 	}
 	return 0
+}
+
+var sentMessage = regexp.MustCompile(`([0-9]+) bytes on the wire`)
+
+// sent is what site says that its transfer of the artifacts has written.
+func (r run) sent() int64 {
+	var total int64
+	for _, event := range r.events {
+		if found := sentMessage.FindStringSubmatch(event.Message); found != nil && event.Step == "artifacts" {
+			bytes, _ := strconv.ParseInt(found[1], 10, 64)
+			total += bytes
+		}
+	}
+	return total
 }
 
 // do runs a command in the repository; its output comes back, or is in the error.

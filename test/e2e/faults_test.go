@@ -440,7 +440,11 @@ func (p *proxy) serve(client net.Conn) {
 		counted  bool
 	}{{host, client, true}, {client, host, false}} {
 		copying.Go(func() {
-			defer func() { _, _ = way.to.Close(), way.from.Close() }()
+			defer func() {
+				if !p.silent.Load() { // else nobody hears of the end either
+					_, _ = way.to.Close(), way.from.Close()
+				}
+			}()
 			buffer := make([]byte, 32<<10)
 			for {
 				n, err := way.from.Read(buffer)

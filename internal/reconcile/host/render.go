@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"slices"
 	"sort"
-	"strconv"
 	"strings"
 	"text/template"
 	"time"
@@ -252,12 +251,13 @@ func render(templates fs.FS, name string, values map[string]any) (string, error)
 }
 
 // tmpfiles lists the folders for systemd-tmpfiles, which makes them again at
-// boot where they lie on a tmpfs (tmpfiles.d(5)).
+// boot where they lie on a tmpfs (tmpfiles.d(5)). Paths need no quotes: site.Load
+// refuses those that would.
 func tmpfiles(directories []Directory) string {
 	var out strings.Builder
 	out.WriteString("# Written by site: folders that jobs and agents need.\n")
 	for _, d := range directories {
-		fmt.Fprintf(&out, "d %s %s %s %s -\n", strings.ReplaceAll(strconv.Quote(d.Path), `"`, ""), d.Mode, d.Owner, d.Group)
+		fmt.Fprintf(&out, "d %s %s %s %s -\n", d.Path, d.Mode, d.Owner, d.Group)
 	}
 	return out.String()
 }
