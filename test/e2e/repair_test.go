@@ -91,7 +91,7 @@ func (s *testSite) isRepaired() {
 		repaired string
 	}{
 		{
-			"a declared folder is removed", "rmdir /srv/worker",
+			"a declared folder is removed", "rm -r /srv/worker",
 			[]string{"create directory /srv/worker"}, false, `test "$(stat -c %u:%a /srv/worker)" = 65532:750`,
 		},
 		{

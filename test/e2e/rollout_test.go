@@ -237,6 +237,7 @@ func TestABrokenRolloutSaysWhyAndIsMended(t *testing.T) {
 			if second.code != 4 {
 				t.Errorf("the second run with the same commit: %v", second)
 			}
+			// One that waits for a place has not failed: it is only waited for.
 			if after, _ := s.jobIndex("probe"); after == before && broken.Mode != "serve" {
 				t.Error("the same digests were not tried again")
 			}
