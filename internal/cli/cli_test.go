@@ -66,6 +66,7 @@ func TestEveryErrorHasItsExitCode(t *testing.T) {
 		{"an interrupt", fmt.Errorf("step jobs: %w", ErrInterrupted), 130},
 		{"a cancelled context", fmt.Errorf("step jobs: %w", context.Canceled), 130},
 		{"the end of a command that ran in a tunnel", fmt.Errorf("tunnel: %w", errDone), 0},
+		{"a command that ran in a tunnel and failed", fmt.Errorf("tunnel: %w", &childError{name: "nomad", code: 7}), 7},
 		{"the run's deadline", &deploy.DeadlineError{}, 1},
 	} {
 		t.Run(test.name, func(t *testing.T) {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os/exec"
 
 	"github.com/nomad-site/site/internal/plan"
 )
@@ -39,6 +40,25 @@ var errChanges = errors.New("changes pending")
 // errDone ends a command that holds something open as long as another runs.
 var errDone = errors.New("done")
 
+// childError ends a command that ran another one: its exit code is ours, and it
+// has said itself what was wrong.
+type childError struct {
+	name string
+	code int
+}
+
+func (e *childError) Error() string { return fmt.Sprintf("%s ended with exit code %d", e.name, e.code) }
+
+// childEnded keeps the exit code of a command that ran and failed; an error that
+// kept it from running stays as it is.
+func childEnded(name string, err error) error {
+	var exit *exec.ExitError
+	if errors.As(err, &exit) && exit.ExitCode() > 0 {
+		return &childError{name: name, code: exit.ExitCode()}
+	}
+	return err
+}
+
 // rolloutFailure is a rollout error that knows whether the old version runs again.
 type rolloutFailure interface {
 	error
@@ -55,11 +75,14 @@ type lockedError interface {
 func ExitCode(err error) int {
 	var rollout rolloutFailure
 	var locked lockedError
+	var child *childError
 	switch {
 	case err == nil, errors.Is(err, errDone):
 		return ExitDone
 	case errors.Is(err, errChanges):
 		return ExitChanges
+	case errors.As(err, &child):
+		return child.code
 	case errors.Is(err, ErrInterrupted), errors.Is(err, context.Canceled):
 		return ExitInterrupted
 	case errors.As(err, &rollout):
@@ -96,7 +119,8 @@ func allReverted(err error) bool {
 
 // PrintError writes the error and, below it, the way out.
 func PrintError(w io.Writer, err error) {
-	if errors.Is(err, errChanges) || errors.Is(err, errDone) {
+	var child *childError
+	if errors.Is(err, errChanges) || errors.Is(err, errDone) || errors.As(err, &child) {
 		return
 	}
 	_, _ = fmt.Fprintf(w, "error: %v\n", err)

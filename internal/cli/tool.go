@@ -137,7 +137,7 @@ was installed for that pin: no PATH is searched, nothing is downloaded at run ti
 			case showVerify:
 				return verify.RunE(command, args[:1])
 			}
-			return tools.Run(command.Context(), args[0], args[1:], toolchain.Streams{In: env.In, Out: env.Out, Err: env.Err})
+			return childEnded(args[0], tools.Run(command.Context(), args[0], args[1:], toolchain.Streams{In: env.In, Out: env.Out, Err: env.Err}))
 		},
 	}
 	run.Flags().BoolVar(&showWhich, "which", false, "only print where the executable lies")

@@ -124,7 +124,7 @@ pinned nomad comes first in its PATH. Without a command it runs your shell.
 				child.Stdin, child.Stdout, child.Stderr = env.In, env.Out, env.Err
 				child.Env = append(child.Env, "NOMAD_ADDR=http://"+tunnel.Local, "NOMAD_TOKEN="+tunnel.Token.Reveal())
 				if err := child.Run(); err != nil {
-					return fmt.Errorf("%s: %w", args[0], err)
+					return childEnded(args[0], fmt.Errorf("%s: %w", args[0], err))
 				}
 				return errDone
 			})

@@ -39,6 +39,9 @@ func runTests(m *testing.M) int {
 		os.Exit(130)
 	}()
 	code := m.Run()
+	if localBinary.path != "" {
+		_ = os.RemoveAll(filepath.Dir(localBinary.path))
+	}
 	if err := shared.down(); err != nil {
 		fmt.Fprintln(os.Stderr, "take the lab down:", err)
 		return max(code, 1)
