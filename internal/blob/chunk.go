@@ -15,9 +15,9 @@ import (
 )
 
 // The cut points must be the same in every version of the program, or nothing
-// would dedupe after an update: never change these. 128 KiB was measured: with
-// one line inserted in a 150 MB tar, the new chunk and the manifest together
-// are the fewest bytes (64 KiB doubles the manifest, 1 MiB sends 0.8 MB).
+// would dedupe after an update: never change these. They were measured, see
+// docs/decisions/0001-chunks.md: around 128 KiB new chunks and the chunk list
+// are the fewest bytes together.
 const (
 	chunkAlgorithm = "fastcdc-v1.0.0"
 	MinChunkSize   = 32 << 10

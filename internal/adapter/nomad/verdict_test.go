@@ -314,3 +314,27 @@ func TestNodesThatAreNotReadySayWhy(t *testing.T) {
 		})
 	}
 }
+
+func TestOnlyADeploymentWithAllHealthyIsAFormality(t *testing.T) {
+	tests := map[string]struct {
+		status, description string
+		healthy             int
+		want                bool
+	}{
+		"all are healthy":                 {status: api.DeploymentStatusRunning, healthy: 2, want: true},
+		"one is not healthy yet":          {status: api.DeploymentStatusRunning, healthy: 1},
+		"someone has to promote canaries": {status: api.DeploymentStatusRunning, description: "Deployment is running but requires manual promotion", healthy: 2},
+		"it is paused":                    {status: api.DeploymentStatusPaused, healthy: 2},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			deployment := &api.Deployment{
+				Status: test.status, StatusDescription: test.description,
+				TaskGroups: map[string]*api.DeploymentState{"web": {DesiredTotal: 2, HealthyAllocs: test.healthy}},
+			}
+			if got := allHealthy(deployment); got != test.want {
+				t.Errorf("allHealthy = %v, want %v", got, test.want)
+			}
+		})
+	}
+}
