@@ -17,6 +17,7 @@ tool "nomad" {
   description = "the scheduler: agent on every host, client for operators"
   module      = "nomad"
   package     = "github.com/hashicorp/nomad"
+  tags        = ["release"] # without it the mock driver of Nomad's own tests is built in
   platforms   = ["linux/amd64", "linux/arm64"]
   environment = ["NOMAD_*"]
 }

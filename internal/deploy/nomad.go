@@ -11,8 +11,10 @@ import (
 	gossh "golang.org/x/crypto/ssh"
 
 	"github.com/nomad-site/site/internal/adapter/nomad"
+	"github.com/nomad-site/site/internal/adapter/ssh"
 	"github.com/nomad-site/site/internal/plan"
 	"github.com/nomad-site/site/internal/reconcile/host"
+	"github.com/nomad-site/site/internal/retry"
 	"github.com/nomad-site/site/internal/secret"
 )
 
@@ -59,11 +61,52 @@ func (s *session) convergeNomad() plan.Step {
 				if _, err := s.nomad.BootstrapACL(ctx, s.material.NomadManagementToken, leaderLimit); err != nil {
 					return err
 				}
+				if err := s.hurryClients(ctx, progress); err != nil {
+					return err
+				}
 			}
 			_, err := s.nomad.EnsureOperators(ctx, desired, host.OperatorsJWKSURL)
 			return err
 		},
 	}
+}
+
+// hurryLimit is how long clients of a first bootstrap get to register by themselves.
+const hurryLimit = 4 * time.Second
+
+// hurryClients starts agents again whose client asked too early: before its server
+// had a leader and a keyring. Nomad's client asks again only after 15 to 30 s. On a
+// first bootstrap nothing runs yet that a restart could disturb.
+func (s *session) hurryClients(ctx context.Context, progress plan.Progress) error {
+	err := s.nomad.Ready(ctx, nomad.ReadyOptions{Nodes: s.clients(), Limit: hurryLimit}, progress)
+	var timeout *retry.TimeoutError
+	if !errors.As(err, &timeout) {
+		return err
+	}
+	progress.Message("starting agents again that registered too early")
+	for _, h := range s.hosts {
+		if !h.Client {
+			continue
+		}
+		if _, err := h.conn.Run(ctx, ssh.Command{Args: []string{"systemctl", "restart", "nomad.service"}}); err != nil {
+			return fmt.Errorf("host %s: start nomad again: %w", h.Name, err)
+		}
+		if err := s.nomad.Leader(ctx, min(leaderLimit, s.left())); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// clients is how many hosts run jobs.
+func (s *session) clients() int {
+	clients := 0
+	for _, h := range s.hosts {
+		if h.Client {
+			clients++
+		}
+	}
+	return clients
 }
 
 func (s *session) operators() ([]nomad.Operator, error) {
@@ -182,13 +225,7 @@ func (s *session) operatorKey() (gossh.Signer, string, error) {
 
 // clientsReady waits until jobs can be placed.
 func (s *session) clientsReady(ctx context.Context, progress plan.Progress) error {
-	clients := 0
-	for _, h := range s.hosts {
-		if h.Client {
-			clients++
-		}
-	}
-	return s.nomad.Ready(ctx, nomad.ReadyOptions{Nodes: clients, Limit: min(readyLimit, s.left())}, progress)
+	return s.nomad.Ready(ctx, nomad.ReadyOptions{Nodes: s.clients(), Limit: min(readyLimit, s.left())}, progress)
 }
 
 // shortToken logs in and gives the token away: it is good for minutes.

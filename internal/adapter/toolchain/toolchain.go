@@ -174,7 +174,7 @@ func (t *Toolchain) resolve(name string, platform Platform) (string, manifest, e
 	case err != nil:
 		return "", manifest{}, fmt.Errorf("tool %q: %w", name, err)
 	case recorded.Pin != tool.pin(platform):
-		return missing(fmt.Sprintf("is installed as %s, which is not what is pinned (%s)", recorded.Release, tool.Version))
+		return missing(fmt.Sprintf("is installed for another pin (release %s, pinned is %s)", recorded.Release, tool.Version))
 	}
 	path := filepath.Join(folder, "bin", tool.Executable)
 	info, err := os.Stat(path)
