@@ -57,12 +57,11 @@ func (w *waves) Plan(ctx context.Context) ([]plan.Change, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, id := range orphans {
-		if !w.s.options.Prune {
-			w.s.options.Warn(fmt.Sprintf("job %s belongs to this site and no component declares it: stop it with --prune", id))
-			continue
-		}
-		all = append(all, plan.Change{Action: plan.Delete, Kind: job.Kind, Target: id, Reason: "no component declares it"})
+	if w.s.options.Prune {
+		return append(all, orphans...), nil
+	}
+	for _, orphan := range orphans {
+		w.s.options.Warn(fmt.Sprintf("job %s belongs to this site and no component declares it: stop it with --prune", orphan.Target))
 	}
 	return all, nil
 }
@@ -93,8 +92,8 @@ func (s *session) activeComponents() []site.Component {
 	return slices.DeleteFunc(slices.Clone(s.site.Components), func(c site.Component) bool { return !s.active(c.Name) })
 }
 
-// orphans are jobs of this site that no component declares.
-func (s *session) orphans(ctx context.Context) ([]string, error) {
+// orphans are the jobs of this site that no component declares, as deletions.
+func (s *session) orphans(ctx context.Context) ([]plan.Change, error) {
 	if len(s.options.Only) > 0 {
 		return nil, nil
 	}
@@ -106,7 +105,7 @@ func (s *session) orphans(ctx context.Context) ([]string, error) {
 	for _, prepared := range s.jobs {
 		desired = append(desired, prepared.Desired)
 	}
-	return job.Orphans(s.site.Name, desired, actual), nil
+	return job.DiffOrphans(s.site.Name, desired, actual), nil
 }
 
 // waveStep converges the jobs that can start together.

@@ -13,6 +13,7 @@ import (
 	"github.com/nomad-site/site/internal/plan"
 	"github.com/nomad-site/site/internal/reconcile/job"
 	"github.com/nomad-site/site/internal/retry"
+	"github.com/nomad-site/site/internal/site"
 )
 
 var quick = WaitOptions{Limit: time.Minute, PlacementGrace: 2 * time.Second, Settle: 2 * time.Second}
@@ -507,11 +508,14 @@ job "x" {
     task "t" { driver = "raw_exec" }
   }
 }`
-	names, err := DeclaredVariables(Jobspec{Path: "x.nomad.hcl", Content: []byte(spec)})
-	if err != nil || strings.Join(names, " ") != "artifacts count" {
-		t.Fatalf("declared %v, %v", names, err)
+	names, diagnostics := site.JobspecVariables([]byte(spec), "x.nomad.hcl")
+	if diagnostics.HasErrors() || strings.Join(names, " ") != "artifacts count" {
+		t.Fatalf("declared %v, %v", names, diagnostics)
 	}
-	values := VariablesHCL(map[string]string{"artifacts": `{"hello":"a${b}%{c}\n\"q\""}`, "count": "3"})
+	values, err := site.VariablesHCL(names, map[string]string{"artifacts": `{"hello":"a${b}%{c}\n\"q\""}`, "count": "3"})
+	if err != nil {
+		t.Fatal(err)
+	}
 	parsed, err := c.Parse(context.Background(), Jobspec{Path: "x.nomad.hcl", Content: []byte(spec)}, values)
 	if err != nil {
 		t.Fatal(err)

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"net/http"
 	"regexp"
-	"sort"
 	"strconv"
 	"strings"
 
@@ -28,21 +27,7 @@ type Jobspec struct {
 	Content []byte
 }
 
-// DeclaredVariables returns the names of a jobspec's own variable blocks;
-// Nomad refuses values for others.
-func DeclaredVariables(jobspec Jobspec) ([]string, error) {
-	blocks, err := variableBlocks(jobspec)
-	if err != nil {
-		return nil, err
-	}
-	names := make([]string, 0, len(blocks))
-	for name := range blocks {
-		names = append(names, name)
-	}
-	sort.Strings(names)
-	return names, nil
-}
-
+// variableBlocks finds where a jobspec declares its own variables.
 func variableBlocks(jobspec Jobspec) (map[string]hcl.Pos, error) {
 	file, diagnostics := hclsyntax.ParseConfig(jobspec.Content, jobspec.Path, hcl.InitialPos)
 	if diagnostics.HasErrors() {
@@ -64,22 +49,6 @@ func variableBlocks(jobspec Jobspec) (map[string]hcl.Pos, error) {
 		}
 	}
 	return blocks, nil
-}
-
-// VariablesHCL renders JSON expressions by name as a variables file. Template
-// markers inside strings stay text.
-func VariablesHCL(values map[string]string) string {
-	names := make([]string, 0, len(values))
-	for name := range values {
-		names = append(names, name)
-	}
-	sort.Strings(names)
-	var text strings.Builder
-	for _, name := range names {
-		value := strings.NewReplacer("${", "$${", "%{", "%%{").Replace(values[name])
-		fmt.Fprintf(&text, "%s = %s\n", name, value)
-	}
-	return text.String()
 }
 
 // SpecError is a jobspec that Nomad does not accept; its text begins with path
