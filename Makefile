@@ -33,7 +33,7 @@ tools: build ## build the pinned tools into the cache
 
 lab: setup tools ## boot the lab and bring it to a healthy job
 	$(SITE) lab up
-	[ -f $(LAB_TOKEN) ] || $(SITE) root-token new $(LAB_TOKEN)
+	[ -f $(LAB_TOKEN) ] || { rm -f sites/lab/init.age; $(SITE) root-token new $(LAB_TOKEN); }
 	$(SITE) bootstrap-deploy --site=lab --root-token-file=$(LAB_TOKEN)
 	$(SITE) status --site=lab
 	@echo
@@ -50,6 +50,7 @@ lab: setup tools ## boot the lab and bring it to a healthy job
 
 lab-down: ## remove the lab
 	$(SITE) lab down
+	rm -f sites/lab/init.age # sealed to the root token that went with the lab
 
 test-unit: ## tests without root or a lab, under a minute
 	SITE_TEST_UNIT=1 go test ./...
