@@ -100,21 +100,13 @@ func ExitCode(err error) int {
 // allReverted looks at every failed rollout: one job that was left broken counts
 // more than others that were mended.
 func allReverted(err error) bool {
-	if rollout, ok := err.(rolloutFailure); ok { //nolint:errorlint // each node of the tree is looked at
-		return rollout.WasReverted()
-	}
-	switch wrapped := err.(type) { //nolint:errorlint // as above
-	case interface{ Unwrap() error }:
-		return allReverted(wrapped.Unwrap())
-	case interface{ Unwrap() []error }:
-		for _, inner := range wrapped.Unwrap() {
-			if !allReverted(inner) {
-				return false
-			}
-		}
-	}
-	// Neither does another error undo a revert.
-	return true
+	all := true
+	plan.EachError(err, func(one error) bool {
+		rollout, ok := one.(rolloutFailure) //nolint:errorlint // each node of the tree is looked at
+		all = all && (!ok || rollout.WasReverted())
+		return !ok
+	})
+	return all
 }
 
 // PrintError writes the error and, below it, the way out.

@@ -53,22 +53,14 @@ func (s *session) checkInputs() plan.Step {
 // hintTools makes one command of the hints for all tools that are missing.
 func hintTools(err error) error {
 	var names []string
-	var walk func(error)
-	walk = func(err error) {
-		switch one := err.(type) { //nolint:errorlint // each node of the tree is looked at
-		case *toolchain.NotInstalledError:
-			if one.Platform == toolchain.Host() && !slices.Contains(names, one.Name) {
-				names = append(names, one.Name)
-			}
-		case interface{ Unwrap() error }:
-			walk(one.Unwrap())
-		case interface{ Unwrap() []error }:
-			for _, inner := range one.Unwrap() {
-				walk(inner)
-			}
+	plan.EachError(err, func(one error) bool {
+		missing, ok := one.(*toolchain.NotInstalledError) //nolint:errorlint // each node of the tree is looked at
+		if ok && missing.Platform == toolchain.Host() && !slices.Contains(names, missing.Name) {
+			names = append(names, missing.Name)
 		}
-	}
-	if walk(err); len(names) < 2 {
+		return true
+	})
+	if len(names) < 2 {
 		return err
 	}
 	return plan.WithHint(err, "run: site tool install %s", strings.Join(names, " "))

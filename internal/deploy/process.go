@@ -36,20 +36,11 @@ func finish(process *ssh.Process, err error) error {
 // Verdicts collects what failed rollouts say, from anywhere in err.
 func Verdicts(err error) []nomad.Verdict {
 	var verdicts []nomad.Verdict
-	var walk func(error)
-	walk = func(err error) {
-		if rollout, ok := err.(*nomad.RolloutError); ok { //nolint:errorlint // each node of the tree is looked at
+	plan.EachError(err, func(one error) bool {
+		if rollout, ok := one.(*nomad.RolloutError); ok { //nolint:errorlint // each node of the tree is looked at
 			verdicts = append(verdicts, rollout.Verdict)
 		}
-		switch wrapped := err.(type) { //nolint:errorlint // as above
-		case interface{ Unwrap() error }:
-			walk(wrapped.Unwrap())
-		case interface{ Unwrap() []error }:
-			for _, inner := range wrapped.Unwrap() {
-				walk(inner)
-			}
-		}
-	}
-	walk(err)
+		return true
+	})
 	return verdicts
 }

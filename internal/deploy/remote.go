@@ -40,6 +40,11 @@ func (h *remoteHost) readFacts(ctx context.Context) error {
 		return plan.WithHint(fmt.Errorf("host %s: machine type %q is not supported", h.Name, facts.Machine), "supported are x86_64 and aarch64")
 	}
 	h.platform = "linux/" + architecture
+	if h.platform != hostPlatform {
+		// Artifacts are built before the first remote access, for one platform.
+		return plan.WithHint(fmt.Errorf("host %s is %s, and artifacts are built for %s only", h.Name, h.platform, hostPlatform),
+			"use a %s host", hostPlatform)
+	}
 	h.siteHostDigest, err = h.conn.Digest(ctx, host.SiteHostPath)
 	return err
 }

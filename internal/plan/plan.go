@@ -175,25 +175,31 @@ func HintOf(err error) string { return strings.Join(HintsOf(err), "; ") }
 // nearest of each, without repetition.
 func HintsOf(err error) []string {
 	var hints []string
-	var walk func(error)
-	walk = func(err error) {
-		if hinter, ok := err.(Hinter); ok { // each node of the tree is looked at
-			if hint := hinter.Hint(); hint != "" {
-				if !slices.Contains(hints, hint) {
-					hints = append(hints, hint)
-				}
-				return
-			}
+	EachError(err, func(one error) bool {
+		hinter, ok := one.(Hinter) //nolint:errorlint // each node of the tree is looked at
+		if !ok || hinter.Hint() == "" {
+			return true
 		}
-		switch wrapped := err.(type) { //nolint:errorlint // each node of the tree is looked at
-		case interface{ Unwrap() error }:
-			walk(wrapped.Unwrap())
-		case interface{ Unwrap() []error }:
-			for _, inner := range wrapped.Unwrap() {
-				walk(inner)
-			}
+		if hint := hinter.Hint(); !slices.Contains(hints, hint) {
+			hints = append(hints, hint)
+		}
+		return false
+	})
+	return hints
+}
+
+// EachError shows every error of a tree of wrapped and joined errors to visit,
+// parents first. What is below one for which visit returns false is left out.
+func EachError(err error, visit func(error) (descend bool)) {
+	if err == nil || !visit(err) {
+		return
+	}
+	switch wrapped := err.(type) { //nolint:errorlint // each node of the tree is looked at
+	case interface{ Unwrap() error }:
+		EachError(wrapped.Unwrap(), visit)
+	case interface{ Unwrap() []error }:
+		for _, inner := range wrapped.Unwrap() {
+			EachError(inner, visit)
 		}
 	}
-	walk(err)
-	return hints
 }
