@@ -176,7 +176,7 @@ func HintOf(err error) string { return strings.Join(HintsOf(err), "; ") }
 func HintsOf(err error) []string {
 	var hints []string
 	EachError(err, func(one error) bool {
-		hinter, ok := one.(Hinter) //nolint:errorlint // each node of the tree is looked at
+		hinter, ok := one.(Hinter) // each node of the tree is looked at
 		if !ok || hinter.Hint() == "" {
 			return true
 		}
