@@ -104,7 +104,7 @@ func (f *siteFlags) options(env Environment, flags *globalFlags) (deploy.Options
 	var once sync.Map
 	return deploy.Options{
 		WorkDir: flags.folder, Site: f.site, AcceptNewHostKey: f.acceptNewHostKey, RootTokenFile: token,
-		Version: env.Version, CacheDir: cache,
+		CacheDir: cache,
 		Platform: deploy.Platform{
 			Bootstrap: bootstrap.FS, Playbook: ansible.FS, Jobs: noJobs{}, Tools: tools, SiteHost: hostbinary.For,
 		},

@@ -152,20 +152,7 @@ func writeCache(path string, manifest blob.Manifest) error {
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return fmt.Errorf("chunk list cache: %w", err)
-	}
-	file, err := os.CreateTemp(filepath.Dir(path), ".new-*")
-	if err != nil {
-		return fmt.Errorf("chunk list cache: %w", err)
-	}
-	_, err = file.Write(content)
-	err = errors.Join(err, file.Close())
-	if err == nil {
-		err = os.Rename(file.Name(), path)
-	}
-	if err != nil {
-		_ = os.Remove(file.Name())
+	if err := writePrivate(path, content); err != nil {
 		return fmt.Errorf("chunk list cache: %w", err)
 	}
 	return nil

@@ -47,7 +47,7 @@ func (s *session) sealInitMaterial() plan.Step {
 			if err != nil {
 				return nil, err
 			}
-			s.material = &materialState{Material: material, sealed: sealed, generated: true}
+			s.material = &materialState{Material: material, sealed: sealed}
 			return sealed, nil
 		},
 		Observe: func(ctx context.Context, desired []byte) (copies, error) {

@@ -32,8 +32,6 @@ type Options struct {
 	Prune bool
 	// DryRun plans and applies nothing.
 	DryRun bool
-	// Version is site's own, for the release record.
-	Version string
 	// CacheDir is the folder of everything that can be made again.
 	CacheDir string
 
