@@ -2,6 +2,8 @@
 package site
 
 import (
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/hcl/v2"
@@ -69,6 +71,15 @@ type Component struct {
 	Directories []Directory
 	// After names components that must be healthy first.
 	After []string
+	// Secrets are the component's part of the catalogue.
+	Secrets []Secret
+	// Reads are all secrets that the job may read, by its templates and by
+	// `reads` of component.hcl, each once, sorted by name.
+	Reads []SecretRead
+	// Databases, Roles and Grants are what it needs of Postgres.
+	Databases []Database
+	Roles     []Role
+	Grants    []Grant
 	// Variables are the values for the jobspec's own HCL variables, as JSON
 	// expressions by name (component defaults merged with the site's overrides).
 	Variables map[string]string
@@ -113,3 +124,144 @@ type Directory struct {
 	Mode  string // octal text such as "0750"; default "0755"
 	Range hcl.Range
 }
+
+// Secret is an entry of a component's catalogue: a name, and where its value
+// comes from. Values are never in git. Exactly one source is set.
+type Secret struct {
+	// Component owns the secret; Name is unique in it. See FullName.
+	Component   string
+	Name        string
+	Description string
+	Generated   *Generated
+	External    *External
+	ProducedBy  *Producer
+	Range       hcl.Range
+}
+
+// FullName is how users and errors call a secret: "shop.database_password".
+func (s Secret) FullName() string { return s.Component + "." + s.Name }
+
+// Generated values are made once by a deploy and never again by one.
+type Generated struct {
+	// Length is the number of random bytes, 16 to 1024. Default 32.
+	Length int
+	// Encoding is how they are written: "base64url" (default, without padding), "base64" or "hex".
+	Encoding string
+}
+
+// External values come from outside: `site secrets import` or `set`.
+type External struct {
+	// Check is a command that proves that a value works: it reads the value on
+	// standard input and ends with 0. It runs where site does, in the commit's tree.
+	Check []string
+	// KeepNewline keeps a newline at the end of a value. Default: it is cut off,
+	// and the import says so.
+	KeepNewline bool
+}
+
+// Producer makes a value. Exactly one of the two is set.
+type Producer struct {
+	// Component is one whose job writes the value by its own identity.
+	Component string
+	// Command prints the value; it runs where site does, in the commit's tree,
+	// when the value is missing.
+	Command []string
+}
+
+// SecretRead is one place that reads a secret.
+type SecretRead struct {
+	// Secret is a full name.
+	Secret string
+	Range  hcl.Range
+}
+
+// Database is a Postgres database.
+type Database struct {
+	Name  string
+	Owner string
+	// ConnectionLimit is -1 for none.
+	ConnectionLimit int
+	Range           hcl.Range
+}
+
+// Role is a Postgres role.
+type Role struct {
+	Name  string
+	Login bool
+	// Password is the full name of the secret that holds it; empty for none.
+	Password        string
+	ConnectionLimit int // -1 for none
+	MemberOf        []string
+	Replication     bool
+	// Peers are system users who may log in as this role over the Unix socket.
+	Peers []string
+	Range hcl.Range
+}
+
+// GrantObject is what a grant is on.
+type GrantObject string
+
+// The objects of grants.
+const (
+	OnDatabase  GrantObject = "database"
+	OnSchema    GrantObject = "schema"
+	OnTables    GrantObject = "table"
+	OnSequences GrantObject = "sequence"
+	OnFunctions GrantObject = "function"
+)
+
+// Grant gives privileges to a role.
+type Grant struct {
+	Role     string
+	Database string
+	// Schema is empty for a grant on the database itself.
+	Schema string
+	Object GrantObject
+	// Names are tables, sequences or functions (with argument types) of the
+	// schema; "*" is all that there are.
+	Names []string
+	// Privileges are upper case, as in SQL; "ALL" is spelled out by the loader.
+	Privileges []string
+	// DefaultFor is a role: what it creates later in the schema gets the same
+	// privileges. Empty for none.
+	DefaultFor string
+	Range      hcl.Range
+}
+
+// Secrets are those of all active components, sorted by full name.
+func (s *Site) Secrets() []Secret {
+	var secrets []Secret
+	for _, component := range s.Components {
+		secrets = append(secrets, component.Secrets...)
+	}
+	slices.SortFunc(secrets, func(a, b Secret) int { return strings.Compare(a.FullName(), b.FullName()) })
+	return secrets
+}
+
+// Component gives an active component; nil for one that is not.
+func (s *Site) Component(name string) *Component {
+	for i := range s.Components {
+		if s.Components[i].Name == name {
+			return &s.Components[i]
+		}
+	}
+	return nil
+}
+
+// The platform's own components that other parts of site know by name.
+const (
+	// OpenBaoComponent holds the site's secrets.
+	OpenBaoComponent = "openbao"
+	// PostgresComponent holds the site's databases.
+	PostgresComponent = "postgresql"
+)
+
+// SecretMount is the mount of the KV version 2 engine that holds the catalogue.
+const SecretMount = "site"
+
+// SecretField is the field of an entry that holds the value.
+const SecretField = "value"
+
+// KVPath is where a secret lies below SecretMount: "shop/database_password".
+// A template reads it as `secret "site/data/shop/database_password"`.
+func (s Secret) KVPath() string { return s.Component + "/" + s.Name }
