@@ -12,8 +12,8 @@ VERSION := $(shell git describe --always --dirty 2>/dev/null || echo development
 LDFLAGS := -s -w -X main.version=$(VERSION)
 SITE := bin/site
 LAB_TOKEN := .lab/lab/root-token
-LAB_TOOLS := nomad nomad-driver-podman versitygw ansible
-TEST_TIMEOUT ?= 40m
+LAB_TOOLS := nomad nomad-driver-podman secrets-server versitygw ansible
+TEST_TIMEOUT ?= 60m
 
 .PHONY: setup build lab lab-down test test-unit test-full lint bench tools generate clean
 

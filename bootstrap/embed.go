@@ -7,5 +7,5 @@ import "embed"
 // FS holds this folder. Wrapper modules are kept as tool.mod and tool.sum,
 // since embedding leaves out every folder that has a go.mod.
 //
-//go:embed agent debs tools units
+//go:embed agent debs postgresql tools units
 var FS embed.FS

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"strings"
 	"time"
 
@@ -24,6 +25,7 @@ type runFlags struct {
 	takeOverLock string
 	only         []string
 	prune        bool
+	remake       []string
 }
 
 func (f *runFlags) addRun(command *cobra.Command) {
@@ -31,7 +33,8 @@ func (f *runFlags) addRun(command *cobra.Command) {
 	command.Flags().StringVar(&f.sha, "sha", "HEAD", "the commit whose content is deployed")
 	command.Flags().DurationVar(&f.timeout, "timeout", 0, "deadline of the whole run; default: deadline in site.hcl, 15m if it has none")
 	command.Flags().StringVar(&f.takeOverLock, "take-over-lock", "", "take the lock with this id from its holder")
-	command.Flags().BoolVar(&f.prune, "prune", false, "stop jobs of the site that no component declares")
+	command.Flags().BoolVar(&f.prune, "prune", false, "remove what is the site's own and no component declares: jobs, roles, databases, policies")
+	command.Flags().StringSliceVar(&f.remake, "remake-secret", nil, "make a generated secret anew that was lost, although jobs run on the lost value")
 }
 
 func (f *runFlags) runOptions(env Environment, flags *globalFlags) (deploy.Options, error) {
@@ -43,7 +46,8 @@ func (f *runFlags) runOptions(env Environment, flags *globalFlags) (deploy.Optio
 		return options, plan.WithHint(fmt.Errorf("--timeout %s is negative", f.timeout), "give a duration such as 15m")
 	}
 	options.Revision, options.Timeout, options.TakeOverLock = f.sha, f.timeout, f.takeOverLock
-	options.Only, options.Prune = f.only, f.prune
+	options.Only, options.Prune, options.RemakeSecrets = f.only, f.prune, f.remake
+	options.AfterStep = injectedFault(os.Getenv(faultVariable))
 	return options, nil
 }
 

@@ -3,7 +3,6 @@ package cli
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"sync"
@@ -17,6 +16,7 @@ import (
 	"github.com/nomad-site/site/internal/deploy"
 	"github.com/nomad-site/site/internal/hostbinary"
 	"github.com/nomad-site/site/internal/plan"
+	"github.com/nomad-site/site/jobs"
 )
 
 // commands lists every command; each has a file of its own.
@@ -27,6 +27,8 @@ func commands(env Environment, flags *globalFlags) []*cobra.Command {
 		newBootstrapDeploy(env, flags),
 		newDeploy(env, flags),
 		newPlan(env, flags),
+		newSecrets(env, flags),
+		newOperators(env, flags),
 		newStatus(env, flags),
 		newLogs(env, flags),
 		newEnv(env, flags),
@@ -106,7 +108,7 @@ func (f *siteFlags) options(env Environment, flags *globalFlags) (deploy.Options
 		WorkDir: flags.folder, Site: f.site, AcceptNewHostKey: f.acceptNewHostKey, RootTokenFile: token,
 		CacheDir: cache,
 		Platform: deploy.Platform{
-			Bootstrap: bootstrap.FS, Playbook: ansible.FS, Jobs: noJobs{}, Tools: tools, SiteHost: hostbinary.For,
+			Bootstrap: bootstrap.FS, Playbook: ansible.FS, Jobs: jobs.FS(), Tools: tools, SiteHost: hostbinary.For,
 		},
 		Reporter: newReporter(env, flags),
 		Warn: func(message string) {
@@ -115,11 +117,4 @@ func (f *siteFlags) options(env Environment, flags *globalFlags) (deploy.Options
 			}
 		},
 	}, nil
-}
-
-// noJobs stands where the platform's own components will be.
-type noJobs struct{}
-
-func (noJobs) Open(name string) (fs.File, error) {
-	return nil, &fs.PathError{Op: "open", Path: name, Err: fs.ErrNotExist}
 }

@@ -22,8 +22,13 @@ func Bootstrap(ctx context.Context, options Options) (plan.Result, error) {
 			s.convergeHosts(),
 			s.convergeNomad(),
 			s.sendArtifacts(),
+			s.runPlatformJobs(),
+			s.convergeOpenBao(),
+			s.convergeSecrets(),
+			s.convergeDatabases(),
 			s.runWaves(),
 			s.recordRelease(),
+			s.askForSecrets(),
 		}
 	})
 }
@@ -43,8 +48,13 @@ func Deploy(ctx context.Context, options Options) (plan.Result, error) {
 			s.convergeHosts(),
 			s.convergeNomad(),
 			s.sendArtifacts(),
+			s.runPlatformJobs(),
+			s.convergeOpenBao(),
+			s.convergeSecrets(),
+			s.convergeDatabases(),
 			s.runWaves(),
 			s.recordRelease(),
+			s.askForSecrets(),
 		}
 	})
 }
@@ -67,21 +77,61 @@ func run(ctx context.Context, options Options, flow func(*session) []plan.Step) 
 	}
 	ctx, cancel := s.bound(ctx)
 	defer cancel()
-	return plan.Run(ctx, flow(s), mode, options.Reporter)
+	return plan.Run(ctx, followed(flow(s), options), mode, options.Reporter)
+}
+
+// followed has AfterStep called behind each step. The one list of the flow's
+// steps is what faults are injected by: a new step is covered by itself.
+func followed(steps []plan.Step, options Options) []plan.Step {
+	if options.AfterStep == nil || options.DryRun {
+		return steps
+	}
+	for i, step := range steps {
+		steps[i] = &followedStep{Step: step, after: options.AfterStep}
+	}
+	return steps
+}
+
+type followedStep struct {
+	plan.Step
+	after func(ctx context.Context, step string) error
+}
+
+func (f *followedStep) Plan(ctx context.Context) ([]plan.Change, error) {
+	changes, err := f.Step.Plan(ctx)
+	if err == nil && len(changes) == 0 {
+		err = f.after(ctx, f.Name())
+	}
+	return changes, err
+}
+
+func (f *followedStep) Apply(ctx context.Context, changes []plan.Change, progress plan.Progress) error {
+	if err := f.Step.Apply(ctx, changes, progress); err != nil {
+		return err
+	}
+	return f.after(ctx, f.Name())
 }
 
 // read opens a session that only looks: no lock, nothing built.
 func read(ctx context.Context, options Options) (*session, error) {
+	return readAfter(ctx, options, func(*session) error { return nil })
+}
+
+// readAfter is read with a look at the configuration before anything remote.
+func readAfter(ctx context.Context, options Options, look func(*session) error) (*session, error) {
 	s := newSession(options)
-	if err := s.open(ctx); err != nil {
+	if err := s.open(ctx, look); err != nil {
 		s.close()
 		return nil, err
 	}
 	return s, nil
 }
 
-func (s *session) open(ctx context.Context) error {
+func (s *session) open(ctx context.Context, look func(*session) error) error {
 	if err := s.readRepository(ctx); err != nil {
+		return err
+	}
+	if err := look(s); err != nil {
 		return err
 	}
 	if err := s.readMaterial(); err != nil {

@@ -143,19 +143,61 @@ func (s *session) buildOne(ctx context.Context, folder string, artifact site.Art
 			}
 			return filepath.Dir(filepath.Dir(executable)), nil
 		},
-		Debs: func(_ context.Context, packages []string) ([]string, error) { return s.debFiles(packages) },
+		Debs: s.debFiles,
 	})
 }
 
-// debFiles gives the paths of locked packages, for images made of them.
-func (s *session) debFiles(packages []string) ([]string, error) {
-	var paths []string
-	for _, name := range packages {
-		i := slices.IndexFunc(s.platform.debs, func(deb debian.Deb) bool { return deb.Name == name })
-		if i < 0 {
-			return nil, fmt.Errorf("package %q is not in the lock", name)
-		}
-		paths = append(paths, s.platform.debs[i].Path)
+// debFiles gives the paths of a locked closure, for an image made of it.
+func (s *session) debFiles(ctx context.Context, packages []string) ([]string, error) {
+	lock, err := s.imageLock(packages)
+	if err != nil {
+		return nil, err
+	}
+	debs, err := debian.Bundle(ctx, lock, filepath.Join(s.options.CacheDir, "debs"), nil)
+	if err != nil {
+		return nil, err
+	}
+	paths := make([]string, len(debs))
+	for i, deb := range debs {
+		paths[i] = deb.Path
 	}
 	return paths, nil
+}
+
+// imageLock is the smallest lock for images that was made for the packages,
+// whatever else it was made for: an image has all of its lock.
+func (s *session) imageLock(packages []string) (debian.Lock, error) {
+	platform, err := toolchain.ParsePlatform(hostPlatform)
+	if err != nil {
+		return debian.Lock{}, err
+	}
+	names, err := fs.Glob(s.options.Platform.Bootstrap, "debs/image-*.lock.json")
+	if err != nil {
+		return debian.Lock{}, err
+	}
+	var found debian.Lock
+	var known []string
+	for _, name := range names {
+		content, err := fs.ReadFile(s.options.Platform.Bootstrap, name)
+		if err != nil {
+			return debian.Lock{}, err
+		}
+		lock, err := debian.ParseLock(content)
+		if err != nil {
+			return debian.Lock{}, fmt.Errorf("%s: %w", name, err)
+		}
+		if lock.Architecture != platform.Architecture {
+			continue
+		}
+		known = append(known, strings.Join(lock.Asked, ", "))
+		lacks := slices.ContainsFunc(packages, func(name string) bool { return !slices.Contains(lock.Asked, name) })
+		if !lacks && (found.Packages == nil || len(lock.Packages) < len(found.Packages)) {
+			found = lock
+		}
+	}
+	if found.Packages == nil {
+		return debian.Lock{}, plan.WithHint(fmt.Errorf("no lock for images on %s was made for %s together", platform.Architecture, strings.Join(packages, ", ")),
+			"there are locks for: %s", strings.Join(known, "; "))
+	}
+	return found, nil
 }

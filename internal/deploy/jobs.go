@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 
@@ -22,19 +23,38 @@ import (
 // loopback is the one address of every artifact.
 const loopback = "127.0.0.1:7380"
 
-// waves runs the jobs in the order in which they need each other. The waves
-// are known once the configuration is read, which is when the step begins.
+// The steps that run jobs.
+const (
+	platformStep = "platform jobs"
+	jobsStep     = "jobs"
+)
+
+// waves runs jobs in the order in which they need each other. The waves are
+// known once the configuration is read, which is when the step begins.
 type waves struct {
 	s     *session
-	steps []*plan.Reconciler[[]*nomad.Prepared, map[string]job.Actual]
-	plans [][]plan.Change
+	title string
+	// picks says which components are this step's.
+	picks      func(site.Component) bool
+	components [][]site.Component
+	steps      []*plan.Reconciler[[]*nomad.Prepared, map[string]job.Actual]
+	plans      [][]plan.Change
 }
 
 var _ plan.Step = (*waves)(nil)
 
-func (s *session) runWaves() plan.Step { return &waves{s: s} }
+// runPlatformJobs runs what other jobs need: it has no secrets and waits for none.
+func (s *session) runPlatformJobs() plan.Step {
+	return &waves{s: s, title: platformStep, picks: func(c site.Component) bool { return c.Platform }}
+}
 
-func (w *waves) Name() string { return "jobs" }
+// runWaves runs the site's own jobs, but for those that wait for a secret which
+// nobody gave yet.
+func (s *session) runWaves() plan.Step {
+	return &waves{s: s, title: jobsStep, picks: func(c site.Component) bool { return !c.Platform && s.blocked[c.Name] == "" }}
+}
+
+func (w *waves) Name() string { return w.title }
 
 // Plan looks at every wave at once: what a later wave changes does not depend
 // on whether an earlier one ran.
@@ -42,16 +62,21 @@ func (w *waves) Plan(ctx context.Context) ([]plan.Change, error) {
 	if w.s.nomad == nil {
 		return nil, &plan.UnknownError{Until: "nomad"}
 	}
-	w.steps, w.plans = nil, nil
+	w.components, w.steps, w.plans = nil, nil, nil
+	mine := slices.DeleteFunc(w.s.activeComponents(), func(c site.Component) bool { return !w.picks(c) })
 	var all []plan.Change
-	for _, components := range job.Waves(w.s.activeComponents()) {
+	for _, components := range job.Waves(mine, w.s.site.WaitsFor) {
 		step := w.s.waveStep(components)
 		changes, err := step.Plan(ctx)
 		if err != nil {
 			return nil, err
 		}
-		w.steps, w.plans = append(w.steps, step), append(w.plans, changes)
+		w.components, w.steps, w.plans = append(w.components, components), append(w.steps, step), append(w.plans, changes)
 		all = append(all, changes...)
+	}
+	if w.title == platformStep {
+		w.s.platformPending = len(all) > 0
+		return all, nil
 	}
 	orphans, err := w.s.orphans(ctx)
 	if err != nil {
@@ -71,11 +96,15 @@ func (w *waves) Apply(ctx context.Context, changes []plan.Change, progress plan.
 		return err
 	}
 	for i, step := range w.steps {
-		if len(w.plans[i]) == 0 {
-			continue
+		if len(w.plans[i]) > 0 {
+			if err := step.Apply(ctx, w.plans[i], progress); err != nil {
+				return err
+			}
 		}
-		if err := step.Apply(ctx, w.plans[i], progress); err != nil {
-			return err
+		if i < len(w.steps)-1 { // somebody may wait for what this wave produces
+			if err := w.s.awaitProduced(ctx, w.components[i], progress); err != nil {
+				return err
+			}
 		}
 	}
 	for _, change := range changes {
@@ -104,6 +133,9 @@ func (s *session) orphans(ctx context.Context) ([]plan.Change, error) {
 	var desired []job.Desired
 	for _, prepared := range s.jobs {
 		desired = append(desired, prepared.Desired)
+	}
+	for name := range s.blocked { // declared, though not prepared by this run
+		desired = append(desired, job.Desired{JobID: name})
 	}
 	return job.DiffOrphans(s.site.Name, desired, actual), nil
 }
@@ -181,6 +213,7 @@ func (s *session) prepare(ctx context.Context, component site.Component) (*nomad
 	}
 	values[site.ArtifactsVariable] = string(encoded)
 	values[site.SiteVariable] = string(name)
+	values[site.ServerVariable] = strconv.Quote(s.site.FirstServer())
 	variables, err := site.VariablesHCL(declared, values)
 	if err != nil {
 		return nil, fmt.Errorf("component %s: %w", component.Name, err)

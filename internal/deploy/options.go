@@ -2,6 +2,7 @@
 package deploy
 
 import (
+	"context"
 	"fmt"
 	"io/fs"
 	"time"
@@ -30,6 +31,12 @@ type Options struct {
 	TakeOverLock string
 	// Prune stops jobs of the site that no component declares.
 	Prune bool
+	// RemakeSecrets are full names of generated secrets that were lost and may be
+	// made anew although jobs run on the lost value.
+	RemakeSecrets []string
+	// AfterStep, where set, is called after each step of a run that is not dry;
+	// its error ends the run. Tests inject faults with it.
+	AfterStep func(ctx context.Context, step string) error
 	// DryRun plans and applies nothing.
 	DryRun bool
 	// CacheDir is the folder of everything that can be made again.

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/fstest"
 	"testing/synctest"
 	"time"
 
@@ -204,14 +205,49 @@ func TestMissingToolsAreOneCommand(t *testing.T) {
 	}
 }
 
-func TestOnlyLockedPackagesGetIntoImages(t *testing.T) {
-	s := testSession(Options{})
-	s.platform.debs = []debian.Deb{{Name: "podman", Path: "/cache/podman.deb"}}
-	if got, err := s.debFiles([]string{"podman"}); err != nil || len(got) != 1 || got[0] != "/cache/podman.deb" {
-		t.Errorf("got %v, %v", got, err)
+func TestAnImageHasAllOfTheSmallestLockMadeForItsPackages(t *testing.T) {
+	lock := func(architecture string, packages int, asked ...string) *fstest.MapFile {
+		made := debian.Lock{
+			Version: debian.LockVersion, Distribution: "debian", Release: "12", Codename: "bookworm", Architecture: architecture, Asked: asked,
+		}
+		for i := range packages {
+			made.Packages = append(made.Packages, debian.Package{
+				Name: fmt.Sprintf("package-%d", i), Version: "1", Architecture: architecture, Archive: debian.Main,
+				Path: "pool/p.deb", Size: 1, SHA256: strings.Repeat("0", 64),
+			})
+		}
+		content, err := made.Encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return &fstest.MapFile{Data: content}
 	}
-	if _, err := s.debFiles([]string{"podman", "nginx"}); err == nil || !strings.Contains(err.Error(), "nginx") {
-		t.Errorf("got %v", err)
+	s := testSession(Options{Platform: Platform{Bootstrap: fstest.MapFS{
+		"debs/debian-12-amd64.lock.json":     lock("amd64", 1, "podman", "nginx"),
+		"debs/image-all-amd64.lock.json":     lock("amd64", 4, "postgresql-15", "pgbackrest", "nginx"),
+		"debs/image-backup-amd64.lock.json":  lock("amd64", 3, "postgresql-15", "pgbackrest", "dash"),
+		"debs/image-foreign-arm64.lock.json": lock("arm64", 2, "postgresql-15", "pgbackrest"),
+	}}})
+	for _, test := range []struct {
+		name     string
+		packages []string
+		want     int // packages of the lock, 0 for none
+	}{
+		{"two of one lock", []string{"pgbackrest", "postgresql-15"}, 3},
+		{"one that two locks have", []string{"postgresql-15"}, 3},
+		{"one that only the large lock has", []string{"nginx"}, 4},
+		{"two of different locks", []string{"nginx", "dash"}, 0},
+		{"one of the hosts' packages", []string{"podman"}, 0},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			got, err := s.imageLock(test.packages)
+			if len(got.Packages) != test.want || (err == nil) != (test.want > 0) {
+				t.Errorf("got %d packages, %v", len(got.Packages), err)
+			}
+			if err != nil && !strings.Contains(plan.HintOf(err), "postgresql-15, pgbackrest, dash") {
+				t.Errorf("hint %q", plan.HintOf(err))
+			}
+		})
 	}
 }
 

@@ -39,7 +39,7 @@ func (s *session) recordRelease() plan.Step {
 			}
 			// A deploy of some components leaves the others as they were.
 			for name, component := range latest.Components {
-				if _, ours := desired[name]; !ours && !s.active(name) {
+				if _, ours := desired[name]; !ours && (!s.active(name) || s.blocked[name] != "") {
 					desired[name] = component
 				}
 			}

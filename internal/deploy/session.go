@@ -8,7 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
+
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -16,6 +16,8 @@ import (
 	"github.com/nomad-site/site/internal/adapter/builder"
 	"github.com/nomad-site/site/internal/adapter/git"
 	"github.com/nomad-site/site/internal/adapter/nomad"
+	"github.com/nomad-site/site/internal/adapter/openbao"
+	"github.com/nomad-site/site/internal/adapter/postgres"
 	"github.com/nomad-site/site/internal/adapter/ssh"
 	"github.com/nomad-site/site/internal/plan"
 	"github.com/nomad-site/site/internal/seal"
@@ -48,8 +50,19 @@ type session struct {
 	// abort ends the run for a reason.
 	abort context.CancelCauseFunc
 
-	mutex   sync.Mutex
-	closers []func()
+	// temporary is released on every path out.
+	temporary registry
+
+	// bao is OpenBao with the operator's short token, databases Postgres' superuser.
+	bao       *openbao.Client
+	databases *postgres.Client
+	// missingSecrets are the external secrets that nobody imported yet; blocked are the
+	// components that wait for one, with the reason.
+	missingSecrets error
+	blocked        map[string]string
+	// platformPending: the platform's jobs are not what they should be, so that
+	// a dry run cannot ask them.
+	platformPending bool
 }
 
 // materialState is the init material, open and as it is sealed.
@@ -66,22 +79,17 @@ func newSession(options Options) *session {
 	return &session{options: options, built: map[string][]builder.Built{}, jobs: map[string]*nomad.Prepared{}}
 }
 
-// onClose registers a release; the latest is released first.
+// onClose registers the release of what cannot fail to be released.
 func (s *session) onClose(release func()) {
-	s.mutex.Lock()
-	defer s.mutex.Unlock()
-	s.closers = append(s.closers, release)
+	s.temporary.hold("a connection", func(context.Context) error {
+		release()
+		return nil
+	})
 }
 
 // close releases everything temporary; it is called on every path out.
 func (s *session) close() {
-	s.mutex.Lock()
-	closers := s.closers
-	s.closers = nil
-	s.mutex.Unlock()
-	for i := len(closers) - 1; i >= 0; i-- {
-		closers[i]()
-	}
+	s.temporary.close(func(err error) { s.options.Warn(err.Error()) })
 }
 
 // readRepository reads the commit and its configuration.

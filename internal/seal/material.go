@@ -42,6 +42,13 @@ type Material struct {
 	NomadManagementToken secret.Value
 	// GossipKey is 32 random bytes in base64, for Nomad's serf encryption.
 	GossipKey secret.Value
+	// OpenBaoUnsealKey opens OpenBao's storage; zero before OpenBao was initialised.
+	OpenBaoUnsealKey secret.Value
+	// OpenBaoReady is set once operators can log in to OpenBao: from then on its
+	// storage holds what nobody could make again. Before that it may be wiped.
+	OpenBaoReady bool
+	// Generation counts the changes. Of several copies the highest counts.
+	Generation int
 }
 
 // material is the plain text inside init.age.
@@ -52,6 +59,9 @@ type material struct {
 	CACertPEM            string `json:"ca_cert_pem"`
 	NomadManagementToken string `json:"nomad_management_token"`
 	GossipKey            string `json:"gossip_key"`
+	OpenBaoUnsealKey     string `json:"openbao_unseal_key,omitempty"`
+	OpenBaoReady         bool   `json:"openbao_ready,omitempty"`
+	Generation           int    `json:"generation,omitempty"`
 }
 
 // New generates the material of a site.
@@ -149,6 +159,7 @@ func Seal(m Material, rootToken secret.Value) ([]byte, error) {
 	plain, err := json.Marshal(material{
 		Version: materialVersion, Site: m.Site, CAKeyPEM: m.CAKeyPEM.Reveal(), CACertPEM: m.CACertPEM,
 		NomadManagementToken: m.NomadManagementToken.Reveal(), GossipKey: m.GossipKey.Reveal(),
+		OpenBaoUnsealKey: m.OpenBaoUnsealKey.Reveal(), OpenBaoReady: m.OpenBaoReady, Generation: m.Generation,
 	})
 	if err != nil {
 		return nil, errors.New("encode init material")
@@ -202,7 +213,13 @@ func Open(sealed []byte, rootToken secret.Value, site, place string) (Material, 
 	return Material{
 		Site: m.Site, CAKeyPEM: secret.New(m.CAKeyPEM), CACertPEM: m.CACertPEM,
 		NomadManagementToken: secret.New(m.NomadManagementToken), GossipKey: secret.New(m.GossipKey),
+		OpenBaoUnsealKey: secret.New(m.OpenBaoUnsealKey), OpenBaoReady: m.OpenBaoReady, Generation: m.Generation,
 	}, nil
+}
+
+// SameSite reports whether two materials are generations of one.
+func (m Material) SameSite(other Material) bool {
+	return m.Site == other.Site && m.NomadManagementToken.Reveal() == other.NomadManagementToken.Reveal()
 }
 
 // AgentExpiry is when an agent's certificate made now expires: in a year.

@@ -19,6 +19,11 @@ type componentFile struct {
 	Variables   *hcl.Attribute    `hcl:"variables,optional"`
 	Artifacts   []*artifactBlock  `hcl:"artifact,block"`
 	Directories []*directoryBlock `hcl:"directory,block"`
+	Reads       []string          `hcl:"reads,optional"`
+	Secrets     []*secretBlock    `hcl:"secret,block"`
+	Databases   []*databaseBlock  `hcl:"database,block"`
+	Roles       []*roleBlock      `hcl:"role,block"`
+	Grants      []*grantBlock     `hcl:"grant,block"`
 	Body        hcl.Body          `hcl:",body"`
 }
 
@@ -35,6 +40,7 @@ type artifactBlock struct {
 	SHA256        string    `hcl:"sha256,optional"`
 	Executable    string    `hcl:"executable,optional"`
 	Entrypoint    []string  `hcl:"entrypoint,optional"`
+	StopSignal    string    `hcl:"stop_signal,optional"`
 	User          string    `hcl:"user,optional"`
 	Body          hcl.Body  `hcl:",body"`
 	Range         hcl.Range `hcl:",def_range"`
@@ -90,11 +96,13 @@ func (l *loader) component(use *useBlock) (*placedComponent, error) {
 		}
 		return placed, nil
 	}
-	placed.body = decoded.Body
+	placed.body, placed.decoded = decoded.Body, &decoded
 	c.After = decoded.After
 	c.Artifacts = decoded.artifacts(p)
 	l.checkGoPackages(c, decoded.Artifacts)
 	c.Directories = decoded.directories(p)
+	c.Secrets = l.secrets(c, decoded.Secrets)
+	c.Databases, c.Roles, c.Grants = decoded.databases(p), decoded.roles(c.Name, p), decoded.grants(p)
 	facts, err := l.jobspec(&c, &decoded)
 	if err != nil {
 		return nil, err
@@ -104,7 +112,9 @@ func (l *loader) component(use *useBlock) (*placedComponent, error) {
 	if facts != nil {
 		facts.checkVariables(c, use, p, defaults, overrides)
 		facts.checkArtifacts(c, p)
+		facts.templates = facts.findTemplates(c.Jobspec, c.Variables)
 	}
+	placed.facts = facts
 	placed.Component = c
 	return placed, nil
 }
@@ -150,7 +160,7 @@ func (f *componentFile) artifacts(p *problems) []Artifact {
 func (b *artifactBlock) artifact(p *problems) Artifact {
 	a := Artifact{
 		Name: b.Name, Kind: Image, GoPackage: b.GoPackage, URL: b.URL, Tool: b.Tool, DebPackages: b.DebPackages,
-		Executable: b.Executable, Entrypoint: b.Entrypoint, User: b.User, Range: b.Range,
+		Executable: b.Executable, Entrypoint: b.Entrypoint, StopSignal: b.StopSignal, User: b.User, Range: b.Range,
 	}
 	if len(b.Name) > 63 || !artifactPattern.MatchString(b.Name) {
 		p.add(b.NameAtRange, "Invalid artifact name", "A name is 1 to 63 lower-case letters and digits, with single . _ or - between them.")
@@ -185,13 +195,16 @@ func (b *artifactBlock) artifact(p *problems) Artifact {
 	if isSet(b.Body, "entrypoint") && len(b.Entrypoint) == 0 {
 		p.add(at(b.Body, "entrypoint"), "Empty entrypoint", "Leave it out to keep the image's own.")
 	}
+	if isSet(b.Body, "stop_signal") && !signalPattern.MatchString(b.StopSignal) {
+		p.add(at(b.Body, "stop_signal"), "Invalid signal", "%q is not the name of a signal, such as SIGINT.", b.StopSignal)
+	}
 	if isSet(b.Body, "user") {
 		if err := checkImageUser(b.User); err != nil {
 			p.add(at(b.Body, "user"), "Invalid user", "%s.", err)
 		}
 	}
 	if a.Kind == File {
-		for _, name := range []string{"entrypoint", "user"} {
+		for _, name := range []string{"entrypoint", "stop_signal", "user"} {
 			if isSet(b.Body, name) {
 				p.add(at(b.Body, name), "Attribute of an image", "A file has no %s.", name)
 			}
@@ -237,9 +250,6 @@ func (b *artifactBlock) checkSource(source string, a *Artifact, p *problems) {
 		if a.Executable == "" {
 			a.Executable = b.Tool
 		}
-		if a.Executable != path.Base(a.Executable) || a.Executable == "." || a.Executable == ".." {
-			p.add(at(b.Body, "executable"), "Invalid executable", "%q is not a plain file name.", a.Executable)
-		}
 	case "deb_packages":
 		b.checkDebPackages(p)
 	}
@@ -252,8 +262,12 @@ func (b *artifactBlock) checkSource(source string, a *Artifact, p *problems) {
 	if isSet(b.Body, "sha256") && !digestible {
 		p.add(at(b.Body, "sha256"), "Unexpected sha256", "%s is built here: only docker_archive, oci_layout, path and url have a sha256.", source)
 	}
-	if isSet(b.Body, "executable") && source != "tool" {
-		p.add(at(b.Body, "executable"), "Unexpected executable", "Only an artifact with tool has it.")
+	switch {
+	case !isSet(b.Body, "executable") && source != "tool":
+	case source != "tool" && (source != "path" && source != "url" || a.Kind != Image):
+		p.add(at(b.Body, "executable"), "Unexpected executable", "Only an artifact with tool, or an image from path or url, has it.")
+	case a.Executable != path.Base(a.Executable) || a.Executable == "." || a.Executable == "..":
+		p.add(at(b.Body, "executable"), "Invalid executable", "%q is not a plain file name.", a.Executable)
 	}
 }
 

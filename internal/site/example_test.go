@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
@@ -13,15 +14,25 @@ import (
 
 func TestTheExampleLoads(t *testing.T) {
 	root := projectRoot(t)
-	s, err := Load(os.DirFS(root), "example", LoadOptions{WorkDir: root})
+	s, err := Load(os.DirFS(root), "example", LoadOptions{WorkDir: root, Platform: stores()})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(s.Hosts) != 2 || len(s.Operators) != 2 || len(s.Components) != 2 || len(s.Components[0].Artifacts) != 7 {
+	if len(s.Hosts) != 2 || len(s.Operators) != 2 || len(s.Components) != 4 || len(s.Components[0].Artifacts) != 7 {
 		t.Errorf("got %+v", s)
 	}
 	if got := s.Components[0].Variables["settings"]; got != `{"log.level":"debug"}` {
 		t.Errorf("the site's value must win: %s", got)
+	}
+	if c := s.Components[0]; len(c.Secrets) != 5 || len(c.Databases) != 1 || len(c.Roles) != 3 || len(c.Grants) != 5 {
+		t.Errorf("got %+v", c)
+	}
+	var reads []string
+	for _, read := range s.Components[0].Reads {
+		reads = append(reads, read.Secret)
+	}
+	if want := []string{"example.database_password", "example.payment_key", "example.signing_key"}; !slices.Equal(reads, want) {
+		t.Errorf("reads %v, want %v", reads, want)
 	}
 }
 

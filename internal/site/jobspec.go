@@ -15,6 +15,9 @@ const (
 	ArtifactsVariable = "artifacts"
 	// SiteVariable is the site's name.
 	SiteVariable = "site"
+	// ServerVariable is the name of the first host that is a server: where the
+	// platform's own jobs are placed.
+	ServerVariable = "server"
 )
 
 // jobspecFacts is what can be seen in a jobspec without evaluating it. The
@@ -29,6 +32,10 @@ type jobspecFacts struct {
 	drivers []placedText
 	// variableUses are the names in var.NAME, artifactUses those in var.artifacts["NAME"].
 	variableUses, artifactUses []placedText
+	// locals and defaults are what local.NAME and, where nothing sets it, var.NAME mean.
+	locals, defaults map[string]hclsyntax.Expression
+	// templates are those of the tasks, once findTemplates has read them.
+	templates []taskTemplates
 }
 
 type placedText struct {
@@ -80,7 +87,10 @@ func (l *loader) jobspecFacts(content []byte, c *Component) *jobspecFacts {
 }
 
 func readFacts(body *hclsyntax.Body, path string) *jobspecFacts {
-	facts := &jobspecFacts{path: path, variables: map[string]bool{}}
+	facts := &jobspecFacts{
+		path: path, variables: map[string]bool{},
+		locals: map[string]hclsyntax.Expression{}, defaults: map[string]hclsyntax.Expression{},
+	}
 	for _, block := range body.Blocks {
 		switch block.Type {
 		case "job":
@@ -88,12 +98,20 @@ func readFacts(body *hclsyntax.Body, path string) *jobspecFacts {
 			facts.findDrivers(block.Body)
 		case "variable":
 			if len(block.Labels) == 1 {
-				_, hasDefault := block.Body.Attributes["default"]
+				attr, hasDefault := block.Body.Attributes["default"]
 				facts.variables[block.Labels[0]] = hasDefault
+				if hasDefault {
+					facts.defaults[block.Labels[0]] = attr.Expr
+				}
 			}
 		case "variables":
-			for name := range block.Body.Attributes {
+			for name, attr := range block.Body.Attributes {
 				facts.variables[name] = true
+				facts.defaults[name] = attr.Expr
+			}
+		case "locals":
+			for name, attr := range block.Body.Attributes {
+				facts.locals[name] = attr.Expr
 			}
 		}
 	}
@@ -167,7 +185,9 @@ func (f *jobspecFacts) settable() []string {
 	return slices.DeleteFunc(f.variableNames(), isGiven)
 }
 
-func isGiven(name string) bool { return name == ArtifactsVariable || name == SiteVariable }
+func isGiven(name string) bool {
+	return name == ArtifactsVariable || name == SiteVariable || name == ServerVariable
+}
 
 // checkVariables holds the values against the declarations.
 func (f *jobspecFacts) checkVariables(c Component, use *useBlock, p *problems, values ...map[string]literal) {

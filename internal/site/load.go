@@ -113,10 +113,15 @@ func (l *loader) load(name string) (*Site, error) {
 		}
 		if found != nil {
 			placed = append(placed, *found)
-			s.Components = append(s.Components, found.Component)
 		}
 	}
-	checkOrder(placed, activeNames(block.Components), l.problems)
+	active := activeNames(block.Components)
+	l.catalogue(name, placed, active)
+	l.checkPostgres(name, placed, active)
+	for _, c := range placed {
+		s.Components = append(s.Components, c.Component)
+	}
+	checkOrder(s, placed, active, l.problems)
 	checkShared(placed, l.problems)
 	return s, nil
 }

@@ -201,9 +201,13 @@ func TestProblems(t *testing.T) {
 		{"kind that is none", artifact("path = \"x\"\nkind = \"tar\""), "jobs/web/component.hcl:6,8: Invalid kind"},
 		{"archive as a file", artifact("docker_archive = \"x\"\nkind = \"file\""), "jobs/web/component.hcl:6,8: Wrong kind"},
 		{"user of a file", artifact("path = \"x\"\nkind = \"file\"\nuser = \"1\""), "jobs/web/component.hcl:7,8: Attribute of an image"},
+		{"signal by number", artifact("path = \"x\"\nstop_signal = \"2\""), "jobs/web/component.hcl:6,15: Invalid signal"},
 		{"user by name", artifact("path = \"x\"\nuser = \"root\""), "jobs/web/component.hcl:6,8: Invalid user"},
 		{"path outside", artifact("path = \"../x\""), "jobs/web/component.hcl:5,8: Invalid path"},
-		{"executable without tool", artifact("path = \"x\"\nexecutable = \"y\""), "jobs/web/component.hcl:6,14: Unexpected executable"},
+		{"executable of an archive", artifact("docker_archive = \"x\"\nexecutable = \"y\""), "jobs/web/component.hcl:6,14: Unexpected executable"},
+		{"executable of a plain file", artifact("path = \"x\"\nkind = \"file\"\nexecutable = \"y\""), "jobs/web/component.hcl:7,14: Unexpected executable"},
+		{"executable that is a path", artifact("path = \"x\"\nexecutable = \"bin/y\""), "jobs/web/component.hcl:6,14: Invalid executable"},
+		{"executable without a name", artifact("tool = \"x\"\nexecutable = \"..\""), "jobs/web/component.hcl:6,14: Invalid executable"},
 		{"Go package that is not there", artifact("go_package = \"./cmd/x\""), "jobs/web/component.hcl:5,14: Missing Go package"},
 		{"package named badly", artifact("deb_packages = [\"bash\", \"Bad Name\"]"), "jobs/web/component.hcl:5,25: Invalid package"},
 		{"root as a directory", inComponent("directory \"/\" {}"), "jobs/web/component.hcl:4,11: Invalid directory"},
@@ -337,14 +341,14 @@ func TestTheLabOfThisRepository(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(work, ".lab", "lab", "id.pub"), []byte(key+" comment\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	s, err := Load(os.DirFS(projectRoot(t)), "lab", LoadOptions{WorkDir: work})
+	s, err := Load(os.DirFS(projectRoot(t)), "lab", LoadOptions{WorkDir: work, Platform: stores()})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if s.SSHConfigFile != ".lab/lab/ssh_config" || s.Hosts[0].Name != "lab-1" || s.Operators[0].PublicKey != key || len(s.FingerprintDenylist) != 4 {
 		t.Errorf("got %+v", s)
 	}
-	if c := s.Components[0]; c.Name != "hello" || c.Artifacts[0].GoPackage != "./jobs/hello/app" || c.Artifacts[0].User != "65532:65532" {
-		t.Errorf("got %+v", c)
+	if c := s.Component("hello"); c == nil || c.Artifacts[0].GoPackage != "./jobs/hello/app" || c.Artifacts[0].User != "65532:65532" {
+		t.Errorf("got %+v", s.Components)
 	}
 }

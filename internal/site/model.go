@@ -111,6 +111,7 @@ type Artifact struct {
 	SHA256     string // required with URL, optional proof for path sources
 	Executable string
 	Entrypoint []string // optional override for images
+	StopSignal string   // what ends a container of an image; empty: the image's own, or SIGTERM
 	User       string   // numeric uid[:gid] for assembled images; default 65532:65532
 	Range      hcl.Range
 }

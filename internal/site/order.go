@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"reflect"
 	"slices"
-	"strings"
 
 	"github.com/hashicorp/hcl/v2"
 )
@@ -14,6 +13,9 @@ type placedComponent struct {
 	Component
 	body hcl.Body // nil where component.hcl could not be decoded
 	file hcl.Range
+	// decoded and facts are nil where the file could not be read.
+	decoded *componentFile
+	facts   *jobspecFacts
 }
 
 func (c placedComponent) afterRange(index int) hcl.Range {
@@ -34,7 +36,7 @@ func activeNames(blocks []*useBlock) []string {
 }
 
 // checkOrder reports references of after to nothing, and cycles.
-func checkOrder(components []placedComponent, active []string, p *problems) {
+func checkOrder(s *Site, components []placedComponent, active []string, p *problems) {
 	byName := map[string]placedComponent{}
 	for _, c := range components {
 		byName[c.Name] = c
@@ -47,38 +49,56 @@ func checkOrder(components []placedComponent, active []string, p *problems) {
 			}
 		}
 	}
+	needs := func(name string) []need {
+		if c, exists := byName[name]; exists {
+			return s.needs(&c.Component)
+		}
+		return nil
+	}
 	reported := map[string]bool{}
 	for _, c := range components {
 		if reported[c.Name] {
 			continue
 		}
-		cycle := shortestCycle(c.Name, byName)
+		cycle := shortestCycle(c.Name, needs)
 		if cycle == nil {
 			continue
 		}
-		for _, name := range cycle {
-			reported[name] = true
+		text := c.Name
+		for _, step := range cycle {
+			reported[step.component] = true
+			text += " waits for " + step.component
+			if step.read != nil {
+				text += fmt.Sprintf(" (which produces %s)", step.read.Secret)
+			}
 		}
-		p.add(c.afterRange(slices.Index(c.After, cycle[1])), "Components wait for each other", "%s.", strings.Join(cycle, " waits for "))
+		subject := c.afterRange(slices.Index(c.After, cycle[0].component))
+		if read := cycle[0].read; read != nil {
+			subject = read.Range
+		}
+		p.add(subject, "Components wait for each other", "%s.", text)
 	}
 }
 
-// shortestCycle walks breadth first from start back to start, and returns the
-// names on the way with start at both ends.
-func shortestCycle(start string, byName map[string]placedComponent) []string {
-	type trail []string
-	queue, seen := []trail{{start}}, map[string]bool{}
+// shortestCycle walks breadth first from start back to start, and returns what
+// is waited for on the way, start last.
+func shortestCycle(start string, needs func(string) []need) []need {
+	type trail struct {
+		at  string
+		way []need
+	}
+	queue, seen := []trail{{at: start}}, map[string]bool{}
 	for len(queue) > 0 {
 		current := queue[0]
 		queue = queue[1:]
-		for _, next := range byName[current[len(current)-1]].After {
-			way := append(slices.Clone(current), next)
-			if next == start {
+		for _, next := range needs(current.at) {
+			way := append(slices.Clone(current.way), next)
+			if next.component == start {
 				return way
 			}
-			if _, exists := byName[next]; exists && !seen[next] {
-				seen[next] = true
-				queue = append(queue, way)
+			if !seen[next.component] {
+				seen[next.component] = true
+				queue = append(queue, trail{next.component, way})
 			}
 		}
 	}

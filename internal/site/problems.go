@@ -2,6 +2,7 @@ package site
 
 import (
 	"fmt"
+	"slices"
 	"sort"
 	"strings"
 
@@ -135,6 +136,12 @@ func isSet(body hcl.Body, name string) bool {
 	}
 	_, ok = syntax.Attributes[name]
 	return ok
+}
+
+// hasBlock reports whether a block is written in body, however often.
+func hasBlock(body hcl.Body, kind string) bool {
+	syntax, ok := body.(*hclsyntax.Body)
+	return ok && slices.ContainsFunc(syntax.Blocks, func(block *hclsyntax.Block) bool { return block.Type == kind })
 }
 
 // at is the place of an attribute's value, or of the block where it would stand.

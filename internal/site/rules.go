@@ -23,6 +23,7 @@ var (
 	accountPattern  = regexp.MustCompile(`^[a-z_][a-z0-9_-]{0,31}$`)
 	packagePattern  = regexp.MustCompile(`^[a-z0-9][a-z0-9+.-]+$`)
 	modePattern     = regexp.MustCompile(`^[0-7]{3,4}$`)
+	signalPattern   = regexp.MustCompile(`^SIG[A-Z]{2,6}[12]?$`)
 	digestPattern   = regexp.MustCompile(`^[0-9a-f]{64}$`)
 	importPattern   = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._~-]*(/[A-Za-z0-9._~-]+)*$`)
 	settingPattern  = regexp.MustCompile(`^[a-z0-9_.-]+$`)

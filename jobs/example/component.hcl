@@ -13,9 +13,10 @@ jobspec = "example.nomad.hcl"
 
 # Values for variables that the jobspec declares. Literals only. A site can
 # replace each of them. A declared variable without a default must have a value.
-# Two are given by every deploy to jobspecs that declare them, and cannot be set:
+# Three are given by every deploy to jobspecs that declare them, and cannot be set:
 #   artifacts  map(string): the address, by digest, of each artifact below
 #   site       string: the site's name
+#   server     string: the name of the first host that is a server
 variables = {
   count    = 1
   settings = { "log.level" = "info" }
@@ -37,6 +38,10 @@ artifact "server" {
   # The image's command. Default: the built executable; for archives and layouts,
   # what they say.
   entrypoint = ["/hello"]
+
+  # The signal that asks a container to end; a task's kill_signal does not reach
+  # one of podman. Default: the image's own, or SIGTERM.
+  stop_signal = "SIGINT"
 
   # uid or uid:gid, in digits. Default "65532:65532" for images that are assembled
   # here; archives and layouts keep their own.
@@ -74,7 +79,9 @@ artifact "model" {
 artifact "gateway" {
   tool = "versitygw"
 
-  # Which of the tool's files. Default: the tool's name.
+  # Which of the tool's files. Default: the tool's name. An image from path or url
+  # may have it too: that one static executable, out of a tar or as it is, is put
+  # alone into an image.
   executable = "versitygw"
 }
 
@@ -92,4 +99,153 @@ directory "/srv/example" {
 
   # Octal text. Default "0755".
   mode = "0750"
+}
+
+# Secrets of other components ("COMPONENT.NAME") that the job reads, and own ones
+# that it asks OpenBao for itself. Own ones that its templates read are found in
+# the jobspec. The job can read these and no others. Default: none.
+reads = ["example.signing_key"]
+
+# A secret is a name, and where its value comes from; values are never in git.
+# The site needs the component "openbao". The name is 1 to 63 lower-case letters,
+# digits and underscores; everyone else calls it "example.database_password". A
+# template reads it as
+#   {{ with secret "site/data/example/database_password" }}{{ .Data.data.value }}{{ end }}
+# in a task with a vault block.
+#
+# Each has exactly one source: generated, external or produced_by.
+secret "database_password" {
+  # What it is for, in lists and errors. Default: none.
+  description = "password of the role example"
+
+  # Made once by a deploy and never again by one.
+  generated {
+    # Random bytes, 16 to 1024. Default 32.
+    length = 32
+
+    # "base64url" (without padding), "base64" or "hex". Default "base64url".
+    encoding = "base64url"
+  }
+}
+
+secret "signing_key" {
+  generated {}
+}
+
+# Comes from outside: `site secrets import` or `site secrets set`.
+secret "payment_key" {
+  description = "key of the payment provider, from its console"
+
+  external {
+    # Proves that a value works: the command reads the value on standard input and
+    # ends with 0. It runs where site runs, in the commit's tree. Default: any value
+    # is accepted.
+    check = ["./jobs/example/check-payment-key", "--quiet"]
+
+    # A newline at the end of a value: "trim" cuts it off and says so, "keep" keeps
+    # it. Default "trim".
+    trailing_newline = "trim"
+  }
+}
+
+# Made by someone else: either by a component's job, which writes it with its own
+# identity and is healthy before this component starts …
+secret "join_token" {
+  produced_by {
+    component = "hello"
+  }
+}
+
+# … or by a command, whose output is the value. It runs where site runs, in the
+# commit's tree, when there is no value yet.
+secret "serial" {
+  produced_by {
+    command = ["uuidgen"]
+  }
+}
+
+# A database of the site's Postgres, which needs the component "postgresql". Names
+# of databases and roles are 1 to 63 lower-case letters, digits and underscores,
+# and unique on the site.
+database "example" {
+  # Required: a role that an active component declares.
+  owner = "example"
+
+  # 0 to 10000, or -1 for no limit. Default -1.
+  connection_limit = 50
+}
+
+role "example" {
+  # Default false. Who can log in needs a password or peers.
+  login = true
+
+  # The secret that holds the password: its name in this component, or
+  # "COMPONENT.NAME". Default: none.
+  password = "database_password"
+
+  # 0 to 10000, or -1 for no limit. Default -1.
+  connection_limit = 20
+
+  # Roles whose privileges it has too. Default: none.
+  member_of = ["example_readers"]
+}
+
+role "example_backup" {
+  login = true
+
+  # May stream the write-ahead log. Default false.
+  replication = true
+
+  # Users of the host that log in as this role over the Unix socket, without a
+  # password. Default: none.
+  peers = ["backup"]
+}
+
+# A role to be a member of: nobody logs in as it.
+role "example_readers" {}
+
+# Privileges of a role, named by the label. They are in upper case as in SQL; ALL
+# is every one that there is. This is on the database itself (CONNECT, CREATE,
+# TEMPORARY).
+grant "example_readers" {
+  # Both required.
+  database   = "example"
+  privileges = ["CONNECT"]
+}
+
+# On a schema (CREATE, USAGE).
+grant "example_readers" {
+  database   = "example"
+  schema     = "public"
+  privileges = ["USAGE"]
+}
+
+# On what is in the schema: either tables, sequences or functions, by name, or "*"
+# for all that there are. Tables have SELECT, INSERT, UPDATE, DELETE, TRUNCATE,
+# REFERENCES and TRIGGER.
+grant "example_readers" {
+  database   = "example"
+  schema     = "public"
+  tables     = ["*"]
+  privileges = ["SELECT"]
+
+  # A role: what it makes later in this schema gets the same privileges. Default:
+  # only what is there now.
+  default_for = "example"
+}
+
+# Sequences have SELECT, UPDATE and USAGE.
+grant "example_readers" {
+  database   = "example"
+  schema     = "public"
+  sequences  = ["orders_id_seq"]
+  privileges = ["SELECT"]
+}
+
+# Functions have EXECUTE, and are named with the types of their arguments.
+grant "example_readers" {
+  database   = "example"
+  schema     = "public"
+  functions  = ["total(integer, text)"]
+  privileges = ["ALL"]
 }

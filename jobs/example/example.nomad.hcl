@@ -40,6 +40,23 @@ job "example" {
         volumes = ["/srv/example:/data"]
       }
 
+      # The identity with which the templates below read their secrets. It is the
+      # job's own, and may read what the job reads and nothing else.
+      vault {}
+
+      template {
+        destination = "secrets/database.env"
+        env         = true
+        data        = <<-EOT
+          {{ with secret "site/data/example/database_password" }}
+          PGPASSWORD={{ .Data.data.value }}
+          {{ end }}
+          {{ with secret "site/data/example/payment_key" }}
+          PAYMENT_KEY={{ .Data.data.value }}
+          {{ end }}
+        EOT
+      }
+
       env {
         SITE     = var.site
         SETTINGS = jsonencode(var.settings)

@@ -2,3 +2,18 @@
 artifact "hello" {
   go_package = "./jobs/hello/app"
 }
+
+# Made once, by the first deploy; read by the job's template.
+secret "database_password" {
+  description = "the application's password at the database"
+  generated {}
+}
+
+database "hello" {
+  owner = "hello"
+}
+
+role "hello" {
+  login    = true
+  password = "database_password"
+}

@@ -29,8 +29,8 @@ job "hello" {
     update {
       max_parallel      = 1
       min_healthy_time  = "1s"
-      healthy_deadline  = "1m"
-      progress_deadline = "2m"
+      healthy_deadline  = "2m"
+      progress_deadline = "5m"
       auto_revert       = true
     }
 
@@ -71,6 +71,24 @@ job "hello" {
         network_mode    = "host"
         readonly_rootfs = true
         cap_drop        = ["ALL"]
+      }
+
+      # By the job's own identity it reads what its policy names, and nothing else.
+      vault {}
+
+      # A new password comes with a new start.
+      template {
+        destination = "${NOMAD_SECRETS_DIR}/database_password"
+        change_mode = "restart"
+        perms       = "0400"
+        uid         = 65532
+        gid         = 65532
+        data        = "{{ with secret \"site/data/hello/database_password\" }}{{ .Data.data.value }}{{ end }}"
+      }
+
+      env {
+        DATABASE_URL           = "postgres://hello@127.0.0.1:5432/hello?sslmode=disable"
+        DATABASE_PASSWORD_FILE = "/secrets/database_password"
       }
 
       resources {

@@ -89,6 +89,12 @@ site "example" {
 
   component "hello" {}
 
+  # The components that site itself brings: the store of the secrets and the
+  # databases. They are needed where a component declares any.
+  component "openbao" {}
+
+  component "postgresql" {}
+
   # Optional settings of the Nomad agents.
   nomad {
     # Fingerprinters that must not run, such as those that wait for a cloud's

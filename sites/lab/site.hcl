@@ -18,5 +18,9 @@ site "lab" {
     fingerprint_denylist = ["env_aws", "env_gce", "env_azure", "env_digitalocean"]
   }
 
+  # The platform's own, which come with the program.
+  component "openbao" {}
+  component "postgresql" {}
+
   component "hello" {}
 }

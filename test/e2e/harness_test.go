@@ -20,6 +20,7 @@ import (
 	"github.com/nomad-site/site/internal/plan"
 	"github.com/nomad-site/site/internal/retry"
 	"github.com/nomad-site/site/internal/seal"
+	"github.com/nomad-site/site/internal/site"
 	"github.com/nomad-site/site/internal/testneeds"
 )
 
@@ -33,6 +34,8 @@ type testSite struct {
 	host *testHost
 	// tokenFile holds the site root token.
 	tokenFile string
+	// platform: the site has OpenBao and Postgres, and an application that uses both.
+	platform bool
 	// commits counts, so that each has a date of its own and the same sha in every run.
 	commits int
 }
@@ -57,8 +60,12 @@ func (r result) String() string {
 type option func(*siteOptions)
 
 type siteOptions struct {
-	bare, readOnly bool
+	bare, readOnly, platform bool
 }
+
+// platform gives a site with OpenBao, Postgres and the application of jobs/hello,
+// which reads a password and counts rows. Without it, the application needs neither.
+func platform(o *siteOptions) { o.platform = true }
 
 // bare gives a host that nothing was done to.
 func bare(o *siteOptions) { o.bare = true }
@@ -83,7 +90,7 @@ func newSite(t *testing.T, options ...option) *testSite {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &testSite{t: t, lab: shared.lab, site: shared.site, dir: filepath.Join(t.TempDir(), "repository")}
+	s := &testSite{t: t, lab: shared.lab, site: shared.site, dir: filepath.Join(t.TempDir(), "repository"), platform: chosen.platform}
 	s.host = &testHost{site: s, name: status.Hosts[0].Name, address: status.Hosts[0].Address}
 	s.makeRepository()
 	s.tokenFile = filepath.Join(s.dir, ".lab", "root-token")
@@ -92,7 +99,7 @@ func newSite(t *testing.T, options ...option) *testSite {
 		shared.beBare(t)
 		s.must("root-token", "new", s.tokenFile)
 	} else {
-		seed := shared.beBootstrapped(t, func() {
+		seed := shared.beBootstrapped(t, s.kind(), func() {
 			s.must("root-token", "new", s.tokenFile)
 			s.must("bootstrap-deploy", "--root-token-file="+s.tokenFile)
 			s.keepBootstrapped()
@@ -111,7 +118,7 @@ func newSite(t *testing.T, options ...option) *testSite {
 // the tests to come, with what belongs to them. It boots them again.
 func (s *testSite) keepBootstrapped() {
 	s.t.Helper()
-	snapshot, err := shared.snapshotName()
+	snapshot, err := shared.snapshotName(s.kind())
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -123,6 +130,14 @@ func (s *testSite) keepBootstrapped() {
 		s.t.Fatal(err)
 	}
 	s.t.Logf("kept the bootstrapped hosts in %s", time.Since(start).Round(time.Millisecond))
+}
+
+// kind tells the snapshots apart.
+func (s *testSite) kind() string {
+	if s.platform {
+		return "platform"
+	}
+	return "plain"
 }
 
 // in is the same site for a subtest, which then ends alone where it fails.
@@ -137,15 +152,29 @@ func (s *testSite) in(t *testing.T) *testSite {
 // application. The first commit has the same sha in every test.
 func (s *testSite) makeRepository() {
 	s.t.Helper()
-	root := projectRoot(s.t)
 	files := map[string]string{
 		".gitignore":                             "/.lab/\n",
 		"go.mod":                                 "module example.net/adopter\n\ngo 1.26\n",
 		filepath.Join("sites", name, "site.hcl"): s.siteHCL(1),
 	}
-	for _, file := range []string{"component.hcl", "hello.nomad.hcl", "app/main.go"} {
-		file = filepath.Join("jobs", "hello", file)
-		files[file] = s.read(filepath.Join(root, file))
+	hello := filepath.Join("testdata", "hello")
+	if s.platform {
+		// Its application needs modules, which the project's own go.mod pins.
+		root := projectRoot(s.t)
+		hello = filepath.Join(root, "jobs", "hello")
+		files["go.mod"] = strings.Replace(s.read(filepath.Join(root, "go.mod")), "module github.com/nomad-site/site", "module example.net/adopter", 1)
+		files["go.sum"] = s.read(filepath.Join(root, "go.sum"))
+	}
+	for _, pattern := range []string{"*.hcl", "app/*.go"} {
+		sources, err := filepath.Glob(filepath.Join(hello, pattern))
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		for _, source := range sources {
+			if inside, err := filepath.Rel(hello, source); err == nil && !strings.HasSuffix(source, "_test.go") {
+				files[filepath.Join("jobs", "hello", inside)] = s.read(source)
+			}
+		}
 	}
 	if err := os.MkdirAll(s.dir, 0o755); err != nil {
 		s.t.Fatal(err)
@@ -170,7 +199,11 @@ func (s *testSite) siteHCL(hosts int, components ...string) string {
 	}
 	fmt.Fprintf(&out, "\n  operator %q {\n    public_key_file = \".lab/%s/id.pub\"\n  }\n", name, name)
 	out.WriteString("\n  nomad {\n    fingerprint_denylist = [\"env_aws\", \"env_gce\", \"env_azure\", \"env_digitalocean\"]\n  }\n")
-	for _, component := range append([]string{"hello"}, components...) {
+	active := []string{"hello"}
+	if s.platform {
+		active = []string{site.OpenBaoComponent, site.PostgresComponent, "hello"}
+	}
+	for _, component := range append(active, components...) {
 		fmt.Fprintf(&out, "\n  component %q {}\n", component)
 	}
 	out.WriteString("}\n")

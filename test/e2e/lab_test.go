@@ -216,13 +216,13 @@ func siteBinary(t *testing.T) string {
 
 // snapshotName changes with the site binary: what another one bootstrapped is
 // not what this one wants.
-func (s *sharedLab) snapshotName() (string, error) {
+func (s *sharedLab) snapshotName(kind string) (string, error) {
 	content, err := os.ReadFile(s.site)
 	if err != nil {
 		return "", err
 	}
 	sum := sha256.Sum256(content)
-	return "boot-" + hex.EncodeToString(sum[:6]), nil
+	return kind + "-" + hex.EncodeToString(sum[:6]), nil
 }
 
 // beBare makes the hosts bare.
@@ -240,9 +240,9 @@ func (s *sharedLab) beBare(t *testing.T) {
 
 // beBootstrapped makes the hosts those of the repository in seed, which the
 // first caller bootstraps and keeps.
-func (s *sharedLab) beBootstrapped(t *testing.T, bootstrap func()) (seed string) {
+func (s *sharedLab) beBootstrapped(t *testing.T, kind string, bootstrap func()) (seed string) {
 	t.Helper()
-	snapshot, err := s.snapshotName()
+	snapshot, err := s.snapshotName(kind)
 	if err != nil {
 		t.Fatal(err)
 	}

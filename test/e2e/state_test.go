@@ -36,6 +36,9 @@ func (s *testSite) snapshotState() state {
 		add("container", each.ID+" "+each.Image)
 	}
 	s.nomadState(add)
+	if s.platform {
+		s.platformState(add)
+	}
 	sort.Strings(lines)
 	return lines
 }

@@ -214,7 +214,7 @@ func (b *builder) recorded(ctx context.Context, source string, inputs []string, 
 	key, err := json.Marshal(map[string]any{
 		"version": recordVersion, "source": source, "inputs": inputs, "platform": b.Platform,
 		"name": artifact.Name, "kind": artifact.Kind, "entrypoint": artifact.Entrypoint,
-		"executable": artifact.Executable, "user": artifact.User,
+		"executable": artifact.Executable, "user": artifact.User, "stop_signal": artifact.StopSignal,
 	})
 	if err != nil {
 		return Built{}, err

@@ -166,16 +166,21 @@ func build(ctx context.Context, request Request) (Built, error) {
 // artifactName is also a path component of an image reference and of /app.
 var artifactName = regexp.MustCompile(`^[a-z0-9]+([._-]+[a-z0-9]+)*$`)
 
-// fileAt serves a plain file; a path of kind image is an image archive.
+// fileAt serves a plain file; a path of kind image is an image archive or, where
+// an executable is named, that alone.
 func (b *builder) fileAt(ctx context.Context) (Built, error) {
-	if b.Artifact.Kind == site.Image {
+	if b.Artifact.Kind == site.Image && b.Artifact.Executable == "" {
 		return b.imageAt(ctx, b.Artifact.Path, anyArchive)
 	}
 	place, err := b.locate(b.Artifact.Path)
 	if err != nil {
 		return Built{}, err
 	}
-	built, err := b.plainFile(ctx, place.path)
+	work := func() (Built, error) { return b.plainFile(ctx, place.path) }
+	if b.Artifact.Kind == site.Image {
+		work = func() (Built, error) { return b.executableIn(ctx, place) }
+	}
+	built, err := work()
 	built.Source, built.FromWorkTree = place.describe("file "), place.fromWorkTree
 	return built, err
 }

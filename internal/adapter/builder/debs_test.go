@@ -77,7 +77,7 @@ func packTar(t *testing.T, packing string, items []item) []byte {
 }
 
 func debRequest(t *testing.T, files ...string) Request {
-	r := request(t, site.Artifact{Kind: site.Image, DebPackages: []string{"two"}, Entrypoint: []string{"/usr/bin/two"}})
+	r := request(t, site.Artifact{Kind: site.Image, DebPackages: []string{"two"}, Entrypoint: []string{"/usr/bin/two"}, StopSignal: "SIGINT"})
 	r.Debs = func(context.Context, []string) ([]string, error) { return files, nil }
 	return r
 }
@@ -104,7 +104,7 @@ func TestDebPackagesBecomeOneLayer(t *testing.T) {
 	r := debRequest(t, one, two, three)
 	built := mustBuild(t, r)
 	_, config := image(t, built)
-	if strings.Join(config.Config.Entrypoint, " ") != "/usr/bin/two" || config.Config.User != DefaultUser {
+	if strings.Join(config.Config.Entrypoint, " ") != "/usr/bin/two" || config.Config.User != DefaultUser || config.Config.StopSignal != "SIGINT" {
 		t.Errorf("config is %+v", config.Config)
 	}
 	layer := readLayer(t, built.Blobs[0].Path)

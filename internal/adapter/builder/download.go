@@ -48,7 +48,10 @@ func (b *builder) download(ctx context.Context) (Built, error) {
 		}
 	}
 	built := Built{Digest: blob.Digest, Blobs: []LocalBlob{blob}}
-	if artifact.Kind == site.Image {
+	switch {
+	case artifact.Kind == site.Image && artifact.Executable != "":
+		built, err = b.executableIn(ctx, place{path: blob.Path, name: shown})
+	case artifact.Kind == site.Image:
 		built, err = b.imageIn(ctx, place{path: blob.Path, name: shown}, anyArchive)
 	}
 	built.Source = source

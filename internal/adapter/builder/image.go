@@ -275,7 +275,7 @@ func (b *builder) repack(ctx context.Context, from archive, image archivedImage)
 		}
 		layers = append(layers, layer)
 	}
-	content, err := withEntrypoint(image.config, b.Artifact.Entrypoint)
+	content, err := withOverrides(image.config, b.Artifact)
 	if err != nil {
 		return Built{}, err
 	}
@@ -305,9 +305,9 @@ func (b *builder) layer(ctx context.Context, from archive, name, diffID string) 
 	})
 }
 
-// withEntrypoint changes nothing else: what we do not know in a config stays.
-func withEntrypoint(config []byte, entrypoint []string) ([]byte, error) {
-	if len(entrypoint) == 0 {
+// withOverrides changes nothing else: what we do not know in a config stays.
+func withOverrides(config []byte, artifact site.Artifact) ([]byte, error) {
+	if len(artifact.Entrypoint) == 0 && artifact.StopSignal == "" {
 		return config, nil
 	}
 	var document, run map[string]json.RawMessage
@@ -320,14 +320,23 @@ func withEntrypoint(config []byte, entrypoint []string) ([]byte, error) {
 	if run == nil {
 		run = map[string]json.RawMessage{}
 	}
-	encoded, err := json.Marshal(entrypoint)
-	if err != nil {
-		return nil, err
+	set := func(into map[string]json.RawMessage, name string, value any) (err error) {
+		into[name], err = json.Marshal(value)
+		return err
 	}
-	run["Entrypoint"] = encoded
-	// The image's arguments belong to its own entrypoint.
-	delete(run, "Cmd")
-	if document["config"], err = json.Marshal(run); err != nil {
+	if len(artifact.Entrypoint) > 0 {
+		if err := set(run, "Entrypoint", artifact.Entrypoint); err != nil {
+			return nil, err
+		}
+		// The image's arguments belong to its own entrypoint.
+		delete(run, "Cmd")
+	}
+	if artifact.StopSignal != "" {
+		if err := set(run, "StopSignal", artifact.StopSignal); err != nil {
+			return nil, err
+		}
+	}
+	if err := set(document, "config", run); err != nil {
 		return nil, err
 	}
 	return json.Marshal(document)

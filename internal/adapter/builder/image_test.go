@@ -167,8 +167,15 @@ func gzipped(t *testing.T, content []byte) []byte {
 	return out.Bytes()
 }
 
-func TestEntrypointOverrideLeavesTheRestOfTheConfig(t *testing.T) {
-	r := request(t, site.Artifact{Kind: site.Image, DockerArchive: "image.tar", Entrypoint: []string{"/bin/other", "-v"}})
+func TestOverridesLeaveTheRestOfTheConfig(t *testing.T) {
+	r := request(t, site.Artifact{Kind: site.Image, DockerArchive: "image.tar", StopSignal: "SIGINT"})
+	saveDocker(t, filepath.Join(r.Tree, "image.tar"), sample(t, amd64), false)
+	_, own := image(t, mustBuild(t, r))
+	if own.Config.StopSignal != "SIGINT" || len(own.Config.Cmd) == 0 || own.Config.Env[0] != "KEPT=yes" {
+		t.Errorf("config is %+v", own.Config)
+	}
+
+	r = request(t, site.Artifact{Kind: site.Image, DockerArchive: "image.tar", Entrypoint: []string{"/bin/other", "-v"}})
 	saveDocker(t, filepath.Join(r.Tree, "image.tar"), sample(t, amd64), false)
 	_, config := image(t, mustBuild(t, r))
 	if strings.Join(config.Config.Entrypoint, " ") != "/bin/other -v" || len(config.Config.Cmd) != 0 || config.Config.Env[0] != "KEPT=yes" {

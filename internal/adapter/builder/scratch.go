@@ -127,6 +127,7 @@ func (b *builder) assemble(ctx context.Context, files *filesystem, entrypoint []
 			User:       user,
 			Entrypoint: entrypoint,
 			WorkingDir: "/",
+			StopSignal: b.Artifact.StopSignal,
 			Env:        []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "SSL_CERT_FILE=/" + rootsPath},
 		},
 		RootFS:  v1.RootFS{Type: "layers", DiffIDs: []v1.Hash{diffID}},

@@ -31,6 +31,8 @@ const (
 	Issuer = "site-operator"
 	// operatorClaim names the operator in the token.
 	operatorClaim = "operator"
+	// purposeClaim says why the operator logs in.
+	purposeClaim = "purpose"
 )
 
 // errKeyType lists what both SSH and JWT know.
@@ -59,10 +61,16 @@ func jwtAlgorithm(keyType string) (algorithm, sshAlgorithm string, half int, err
 // SignJWT makes an operator's login token, signed by an SSH key that may live
 // in an agent: both speak the same signature schemes, only packed differently.
 func SignJWT(signer ssh.Signer, operator, audience string, ttl time.Duration) (secret.Value, error) {
-	return signJWT(signer, operator, audience, ttl, time.Now())
+	return signJWT(signer, operator, audience, "", ttl, time.Now())
 }
 
-func signJWT(signer ssh.Signer, operator, audience string, ttl time.Duration, now time.Time) (secret.Value, error) {
+// SignJWTFor says in the token what it is for, which a login keeps beside the
+// token that it gives: see the purpose claim.
+func SignJWTFor(signer ssh.Signer, operator, audience, purpose string, ttl time.Duration) (secret.Value, error) {
+	return signJWT(signer, operator, audience, purpose, ttl, time.Now())
+}
+
+func signJWT(signer ssh.Signer, operator, audience, purpose string, ttl time.Duration, now time.Time) (secret.Value, error) {
 	algorithm, sshAlgorithm, half, err := jwtAlgorithm(signer.PublicKey().Type())
 	if err != nil {
 		return secret.Value{}, plan.WithHint(err, "make one with: ssh-keygen -t ed25519")
@@ -75,10 +83,14 @@ func signJWT(signer ssh.Signer, operator, audience string, ttl time.Duration, no
 	if err != nil {
 		return secret.Value{}, fmt.Errorf("encode token header: %w", err)
 	}
-	claims, err := json.Marshal(map[string]any{
+	content := map[string]any{
 		"iss": Issuer, "sub": operator, operatorClaim: operator, "aud": []string{audience},
 		"iat": now.Unix(), "nbf": now.Unix(), "exp": now.Add(ttl).Unix(), "jti": hex.EncodeToString(nonce),
-	})
+	}
+	if purpose != "" {
+		content[purposeClaim] = purpose
+	}
+	claims, err := json.Marshal(content)
 	if err != nil {
 		return secret.Value{}, fmt.Errorf("encode token claims: %w", err)
 	}

@@ -231,7 +231,7 @@ func TestOperatorsLogInWithTheirSSHKeys(t *testing.T) {
 			"unknown operator": func() (secret.Value, error) { return SignJWT(keys["ed"].signer, "mallory", Audience, time.Minute) },
 			"other audience":   func() (secret.Value, error) { return SignJWT(keys["ed"].signer, "ed", "other", time.Minute) },
 			"expired": func() (secret.Value, error) {
-				return signJWT(keys["ed"].signer, "ed", Audience, time.Minute, time.Now().Add(-time.Hour))
+				return signJWT(keys["ed"].signer, "ed", Audience, "", time.Minute, time.Now().Add(-time.Hour))
 			},
 		}
 		for name, sign := range bad {

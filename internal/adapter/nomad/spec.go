@@ -181,6 +181,7 @@ func Prepare(parsed *api.Job, brief Brief) (*Prepared, error) {
 	prepared.Meta[job.MetaArtifacts] = string(encoded)
 	stop := false
 	prepared.Stop = &stop
+	nameVaultRoles(prepared)
 
 	raw, err := json.Marshal(prepared)
 	if err != nil {
@@ -192,6 +193,18 @@ func Prepare(parsed *api.Job, brief Brief) (*Prepared, error) {
 	}
 	prepared.Meta[job.MetaSpecDigest] = digest
 	return finish(prepared, brief.Adopt)
+}
+
+// nameVaultRoles has each task that reads secrets log in as its own job: the role
+// of that name is bound to the job's identity.
+func nameVaultRoles(prepared *api.Job) {
+	for _, group := range prepared.TaskGroups {
+		for _, task := range group.Tasks {
+			if task.Vault != nil && task.Vault.Role == "" {
+				task.Vault.Role = *prepared.ID
+			}
+		}
+	}
 }
 
 // PreparedFromSpec makes the spec of an older release ready to be registered

@@ -19,8 +19,10 @@ func Diff(host string, desired Document, actual Observation) []plan.Change {
 		}
 	}
 	for _, group := range desired.Groups {
-		if !actual.Groups[group] {
-			d.add(plan.Create, "group", group, "missing")
+		if got, ok := actual.Groups[group.Name]; !ok {
+			d.add(plan.Create, "group", group.Name, "missing")
+		} else if got.GID != group.GID {
+			d.add(plan.Update, "group", group.Name, "gid %d, want %d", got.GID, group.GID)
 		}
 	}
 	for _, user := range desired.Users {
@@ -28,6 +30,8 @@ func Diff(host string, desired Document, actual Observation) []plan.Change {
 			d.add(plan.Create, "user", user.Name, "missing")
 		} else if got.UID != user.UID {
 			d.add(plan.Update, "user", user.Name, "uid %d, want %d", got.UID, user.UID)
+		} else if got.Group != user.Group {
+			d.add(plan.Update, "user", user.Name, "group %s, want %s", got.Group, user.Group)
 		}
 	}
 	for _, directory := range desired.Directories {

@@ -12,7 +12,7 @@ func desired() host.Document {
 	return host.Document{
 		Version:     host.DocumentVersion,
 		Packages:    []host.Package{{Name: "podman", Version: "4.3.1"}},
-		Groups:      []string{"orders"},
+		Groups:      []host.Group{{Name: "orders", GID: 3000}},
 		Users:       []host.User{{Name: "orders", UID: 3000, Group: "orders"}},
 		Directories: []host.Directory{{Path: "/srv/orders", Owner: "3000", Group: "orders", Mode: "0750"}},
 		Binaries:    []host.Binary{{Path: "/opt/site/bin/nomad", SHA256: "aa", Mode: "0755"}},
@@ -24,8 +24,8 @@ func desired() host.Document {
 func observed() host.Observation {
 	return host.Observation{
 		Packages:    map[string]string{"podman": "4.3.1"},
-		Groups:      map[string]bool{"orders": true},
-		Users:       map[string]host.User{"orders": {Name: "orders", UID: 3000}},
+		Groups:      map[string]host.Group{"orders": {Name: "orders", GID: 3000}},
+		Users:       map[string]host.User{"orders": {Name: "orders", UID: 3000, Group: "orders"}},
 		Directories: map[string]host.ObservedPath{"/srv/orders": {Exists: true, Kind: "directory", Owner: "orders", OwnerID: "3000", Group: "orders", GroupID: "3000", Mode: "0750"}},
 		Binaries:    map[string]host.ObservedPath{"/opt/site/bin/nomad": {Exists: true, Kind: "file", Owner: "root", Group: "root", Mode: "0755", SHA256: "aa"}},
 		Files:       map[string]host.ObservedPath{"/etc/nomad.d/nomad.hcl": {Exists: true, Kind: "file", Owner: "root", Group: "root", Mode: "0600", SHA256: "bb"}},
@@ -56,12 +56,16 @@ func TestDiffNamesExactlyWhatDiffers(t *testing.T) {
 			[]string{"create package alpha-1: podman (not installed, want 4.3.1)"}},
 		{"a package is old", func(o *host.Observation) { o.Packages["podman"] = "3.0"; o.OldPackages = []string{"podman"} },
 			[]string{"update package alpha-1: podman (installed 3.0, want 4.3.1 or newer)"}},
-		{"a group is missing", func(o *host.Observation) { o.Groups["orders"] = false },
+		{"a group is missing", func(o *host.Observation) { delete(o.Groups, "orders") },
 			[]string{"create group alpha-1: orders (missing)"}},
+		{"a group has another gid", func(o *host.Observation) { o.Groups["orders"] = host.Group{GID: 17} },
+			[]string{"update group alpha-1: orders (gid 17, want 3000)"}},
 		{"a user is missing", func(o *host.Observation) { delete(o.Users, "orders") },
 			[]string{"create user alpha-1: orders (missing)"}},
 		{"a user has another uid", func(o *host.Observation) { o.Users["orders"] = host.User{UID: 17} },
 			[]string{"update user alpha-1: orders (uid 17, want 3000)"}},
+		{"a user has another group", func(o *host.Observation) { o.Users["orders"] = host.User{UID: 3000, Group: "users"} },
+			[]string{"update user alpha-1: orders (group users, want orders)"}},
 		{"a folder is missing", func(o *host.Observation) { delete(o.Directories, folder) },
 			[]string{"create directory alpha-1: /srv/orders (missing)"}},
 		{"a file stands where a folder should", func(o *host.Observation) {

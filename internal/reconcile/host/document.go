@@ -12,7 +12,7 @@ const DocumentVersion = 1
 type Document struct {
 	Version     int         `json:"version"`
 	Packages    []Package   `json:"packages"`
-	Groups      []string    `json:"groups,omitempty"`
+	Groups      []Group     `json:"groups,omitempty"`
 	Users       []User      `json:"users,omitempty"`
 	Directories []Directory `json:"directories"`
 	Files       []File      `json:"files"`
@@ -26,6 +26,12 @@ type Document struct {
 type Package struct {
 	Name    string `json:"name"`
 	Version string `json:"version"`
+}
+
+// Group is a system group.
+type Group struct {
+	Name string `json:"name"`
+	GID  int    `json:"gid"`
 }
 
 // User is a system user.
@@ -89,7 +95,7 @@ type Observation struct {
 	Addresses   []string                `json:"addresses"`
 	Packages    map[string]string       `json:"packages"`     // name → installed version; absent: not installed
 	OldPackages []string                `json:"old_packages"` // installed, older than the document asks (dpkg --compare-versions)
-	Groups      map[string]bool         `json:"groups"`
+	Groups      map[string]Group        `json:"groups"`
 	Users       map[string]User         `json:"users"`
 	Directories map[string]ObservedPath `json:"directories"`
 	Files       map[string]ObservedPath `json:"files"`

@@ -23,6 +23,10 @@ const (
 	DriverPath   = "/opt/site/nomad/plugins/nomad-driver-podman"
 	AppliedPath  = "/etc/site/host.json"
 	InitPath     = "/etc/site/init.age"
+	// UnsealKeyPath is what site-host unseals OpenBao with, and HostKeyPath what
+	// it proves itself with; neither is part of the document.
+	UnsealKeyPath = "/etc/site/openbao-unseal.key"
+	HostKeyPath   = "/etc/site/host.key"
 	// OperatorsJWKSPath holds the operators' public keys (RFC 7517), which
 	// site-host serves to Nomad at OperatorsJWKSURL.
 	OperatorsJWKSPath = "/etc/site/operators.jwks"
@@ -54,7 +58,7 @@ type Input struct {
 	// Credentials are the files made from the site's init material; nil when
 	// the site root token was not given. Then what was applied stays.
 	Credentials *Credentials
-	// Templates holds agent/ and units/ of the bootstrap folder.
+	// Templates holds agent/, postgresql/ and units/ of the bootstrap folder.
 	Templates fs.FS
 }
 
@@ -88,6 +92,7 @@ func Render(in Input) (Document, error) {
 		"Address": in.Address, "AddressPattern": addressPattern(in.Address), "ServerAddresses": in.ServerAddresses, "Servers": len(in.ServerAddresses),
 		"Server": in.Host.Server, "Client": in.Host.Client,
 		"FingerprintDenylist": strings.Join(in.Site.FingerprintDenylist, ","),
+		"OpenBao":             in.Site.Component(site.OpenBaoComponent) != nil,
 	}
 	document := Document{Version: DocumentVersion, Packages: slices.Clone(in.Packages)}
 	sort.Slice(document.Packages, func(i, j int) bool { return document.Packages[i].Name < document.Packages[j].Name })
@@ -106,6 +111,14 @@ func Render(in Input) (Document, error) {
 		for _, directory := range component.Directories {
 			directories = append(directories, Directory{Path: directory.Path, Owner: directory.Owner, Group: directory.Group, Mode: directory.Mode})
 		}
+	}
+	if in.Site.Component(site.PostgresComponent) != nil {
+		files, err := postgresFiles(in, &document)
+		if err != nil {
+			return Document{}, err
+		}
+		directories = append(directories, Directory{Path: PostgresConfigPath, Owner: "root", Group: "root", Mode: "0755"})
+		document.Files = append(document.Files, files...)
 	}
 	document.Directories = directories
 

@@ -63,6 +63,9 @@ func file(t *testing.T, document host.Document, path string) host.File {
 func TestTheAgentsConfigurationIsGolden(t *testing.T) {
 	for name, change := range map[string]func(*host.Input){
 		"one-host": func(*host.Input) {},
+		"one-host-with-openbao": func(in *host.Input) {
+			in.Site.Components = append(in.Site.Components, site.Component{Name: site.OpenBaoComponent})
+		},
 		"one-of-three-servers": func(in *host.Input) {
 			in.Host.Client = false
 			in.ServerAddresses = []string{"203.0.113.5", "203.0.113.6", "203.0.113.7"}
@@ -77,21 +80,26 @@ func TestTheAgentsConfigurationIsGolden(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			in := input()
 			change(&in)
-			got := file(t, render(t, in), nomadConfig).Content
-			path := filepath.Join("testdata", name+".nomad.hcl")
-			if *update {
-				if err := os.WriteFile(path, []byte(got), 0o644); err != nil {
-					t.Fatal(err)
-				}
-			}
-			want, err := os.ReadFile(path)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if got != string(want) {
-				t.Errorf("%s is not what is rendered; if that is meant, run `make generate`. Rendered:\n%s", path, got)
-			}
+			golden(t, name+".nomad.hcl", file(t, render(t, in), nomadConfig).Content)
 		})
+	}
+}
+
+// golden compares with a file of testdata, or writes it.
+func golden(t *testing.T, name, got string) {
+	t.Helper()
+	path := filepath.Join("testdata", name)
+	if *update {
+		if err := os.WriteFile(path, []byte(got), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got != string(want) {
+		t.Errorf("%s is not what is rendered; if that is meant, run `make generate`. Rendered:\n%s", path, got)
 	}
 }
 

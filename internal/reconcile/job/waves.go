@@ -2,11 +2,11 @@ package job
 
 import "github.com/nomad-site/site/internal/site"
 
-// Waves groups components so that each comes after all that it names in
-// `after`; what can start together is in one wave, in the order given. Names
-// outside the list do not hold anything back. The configuration has no cycles:
-// site.Load refuses them.
-func Waves(components []site.Component) [][]site.Component {
+// Waves groups components so that each comes after all that it waits for; what
+// can start together is in one wave, in the order given. Names outside the list
+// do not hold anything back. waitsFor is (*site.Site).WaitsFor: `after` and
+// produced secrets. The configuration has no cycles: site.Load refuses them.
+func Waves(components []site.Component, waitsFor func(component string) []string) [][]site.Component {
 	waiting := map[string]bool{}
 	for _, component := range components {
 		waiting[component.Name] = true
@@ -15,7 +15,7 @@ func Waves(components []site.Component) [][]site.Component {
 	for rest := components; len(rest) > 0; {
 		var wave, later []site.Component
 		for _, component := range rest {
-			if blocked(component, waiting) {
+			if blocked(component.Name, waitsFor(component.Name), waiting) {
 				later = append(later, component)
 			} else {
 				wave = append(wave, component)
@@ -32,9 +32,9 @@ func Waves(components []site.Component) [][]site.Component {
 	return waves
 }
 
-func blocked(component site.Component, waiting map[string]bool) bool {
-	for _, name := range component.After {
-		if waiting[name] && name != component.Name {
+func blocked(component string, needs []string, waiting map[string]bool) bool {
+	for _, name := range needs {
+		if waiting[name] && name != component {
 			return true
 		}
 	}

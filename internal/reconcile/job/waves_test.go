@@ -27,11 +27,23 @@ func TestWavesPutEachComponentAfterWhatItNeeds(t *testing.T) {
 			[]site.Component{component("top", "left", "right"), component("left", "base"), component("right", "base"), component("base")},
 			[][]string{{"base"}, {"left", "right"}, {"top"}},
 		},
+		{
+			"who reads what another's job produces comes after it",
+			[]site.Component{
+				{
+					Name:    "shop",
+					Secrets: []site.Secret{{Component: "shop", Name: "token", ProducedBy: &site.Producer{Component: "broker"}}},
+					Reads:   []site.SecretRead{{Secret: "shop.token"}},
+				},
+				component("broker"),
+			},
+			[][]string{{"broker"}, {"shop"}},
+		},
 		{"a name outside the list holds nothing back", []site.Component{component("web", "db")}, [][]string{{"web"}}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			var got [][]string
-			for _, wave := range job.Waves(test.components) {
+			for _, wave := range job.Waves(test.components, (&site.Site{Components: test.components}).WaitsFor) {
 				var names []string
 				for _, c := range wave {
 					names = append(names, c.Name)

@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/nomad-site/site/internal/plan"
+	"github.com/nomad-site/site/internal/reconcile/host"
 	"github.com/nomad-site/site/internal/sitehost/lease"
 )
 
@@ -26,8 +27,13 @@ const (
 	ExitInterrupted = 130
 )
 
-// InitFile is the only file that `file` reads and writes: the sealed copy.
-const InitFile = "/etc/site/init.age"
+// The only files that `file` reads and writes.
+const (
+	// InitFile is the host's copy of the sealed init material.
+	InitFile = host.InitPath
+	// UnsealKeyFile is what `serve` unseals OpenBao with.
+	UnsealKeyFile = host.UnsealKeyPath
+)
 
 // Options are what the process gives to the commands.
 type Options struct {
@@ -36,8 +42,8 @@ type Options struct {
 	Stdout       io.Writer
 	Stderr       io.Writer
 	NotifySocket string
-	// InitFile is InitFile but in tests.
-	InitFile string
+	// InitFile and UnsealKeyFile are the constants but in tests.
+	InitFile, UnsealKeyFile string
 }
 
 // Run runs one command and returns its exit code.
@@ -45,10 +51,13 @@ func Run(ctx context.Context, options Options, arguments []string) int {
 	if options.InitFile == "" {
 		options.InitFile = InitFile
 	}
+	if options.UnsealKeyFile == "" {
+		options.UnsealKeyFile = UnsealKeyFile
+	}
 	root := &cobra.Command{
 		Use:   "site-host",
 		Short: "What site needs on every host",
-		Long: "site-host serves the host's artifacts on loopback and answers site over SSH.\n\n" +
+		Long: "site-host serves the host's artifacts on loopback, keeps OpenBao unsealed and answers site over SSH.\n\n" +
 			"Exit codes: 0 done, 1 error, 5 locked by someone else, 6 not there, 130 interrupted.",
 		Version:           options.Version,
 		SilenceErrors:     true,
@@ -56,7 +65,8 @@ func Run(ctx context.Context, options Options, arguments []string) int {
 		CompletionOptions: cobra.CompletionOptions{DisableDefaultCmd: true},
 	}
 	root.AddCommand(serveCommand(options), receiveCommand(options), observeCommand(options), packagesCommand(options),
-		lockCommand(options), releaseCommand(options), fileCommand(options), versionCommand(options))
+		lockCommand(options), releaseCommand(options), fileCommand(options), dialCommand(options),
+		hostKeyCommand(options), openBaoCommand(options), postgreSQLCommand(options), versionCommand(options))
 	root.SetArgs(arguments)
 	root.SetOut(options.Stdout)
 	root.SetErr(options.Stderr)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -147,9 +148,103 @@ func TestOnlyTheInitFileIsReadAndWritten(t *testing.T) {
 	}
 }
 
+func TestTheUnsealKeyIsReadWrittenAndSummed(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "etc", "openbao-unseal.key")
+	file := func(stdin string, arguments ...string) answer {
+		var stdout, stderr bytes.Buffer
+		code := Run(t.Context(), Options{Stdin: strings.NewReader(stdin), Stdout: &stdout, Stderr: &stderr, UnsealKeyFile: path}, append([]string{"file"}, arguments...))
+		return answer{code, stdout.String(), stderr.String()}
+	}
+	if got := file("", "sum", path); got.code != 0 || got.stdout != `{"sha256":"","exists":false}`+"\n" {
+		t.Errorf("before: %+v", got)
+	}
+	if got := file("the key", "put", path, "--mode", "0600"); got.code != 0 {
+		t.Fatalf("%+v", got)
+	}
+	const sum = "3a0aac44832e55528a834fec737786c999e7b8dea8bd601bb59f195237d58b2e"
+	if got := file("", "sum", path); got.code != 0 || got.stdout != `{"sha256":"`+sum+`","exists":true}`+"\n" {
+		t.Errorf("%+v, want %s", got, sum)
+	}
+	if got := file("", "get", path); got.stdout != "the key" {
+		t.Errorf("%+v", got)
+	}
+	if got := file("", "sum", "/etc/shadow"); got.code != ExitError || got.stdout != "" {
+		t.Errorf("%+v", got)
+	}
+}
+
+func TestTheHostKeyIsMadeOnceAndShown(t *testing.T) {
+	path := "--file=" + filepath.Join(t.TempDir(), "host.key")
+	if got := run(t.Context(), "", "", "host-key", "show", path); got.code != ExitNotThere || got.stdout != "" {
+		t.Errorf("before: %+v", got)
+	}
+	made := run(t.Context(), "", "", "host-key", "ensure", path)
+	if made.code != 0 || !strings.HasPrefix(made.stdout, `{"public_key_pem":"-----BEGIN PUBLIC KEY-----\n`) {
+		t.Errorf("%+v", made)
+	}
+	for _, verb := range []string{"ensure", "show"} {
+		if got := run(t.Context(), "", "", "host-key", verb, path); got != made {
+			t.Errorf("%s: %+v", verb, got)
+		}
+	}
+}
+
+func TestOpenBaosStorageIsWipedUntilItIsMarked(t *testing.T) {
+	folder := t.TempDir()
+	data := "--data=" + folder
+	if err := os.WriteFile(filepath.Join(folder, "vault.db"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, step := range []struct {
+		verb, stdout string
+		code         int
+	}{
+		{"status", `{"ready":false,"data":true}` + "\n", 0},
+		{"wipe", "", 0},
+		{"status", `{"ready":false,"data":false}` + "\n", 0},
+		{"mark", "", 0},
+		{"status", `{"ready":true,"data":false}` + "\n", 0},
+		{"wipe", "", ExitError},
+	} {
+		got := run(t.Context(), "", "", "openbao", step.verb, data)
+		if got.code != step.code || got.stdout != step.stdout || (got.code != 0) != strings.Contains(got.stderr, "hint: ") {
+			t.Errorf("%s: %+v", step.verb, got)
+		}
+	}
+}
+
+func TestAServiceOfTheHostIsDialled(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "socket")
+	if got := run(t.Context(), "", "", "dial", "unix", socket); got.code != ExitNotThere || !strings.Contains(got.stderr, "nothing listens there") {
+		t.Errorf("before: %+v", got)
+	}
+	listener, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = listener.Close() }()
+	go func() {
+		conn, err := listener.Accept()
+		if err != nil {
+			return
+		}
+		_, _ = io.Copy(conn, conn)
+		_ = conn.Close()
+	}()
+	if got := run(t.Context(), "", "hello", "dial", "unix", socket); got.code != 0 || got.stdout != "hello" || got.stderr != "" {
+		t.Errorf("%+v", got)
+	}
+	if got := run(t.Context(), "", "", "dial", "tcp", "203.0.113.5:22"); got.code != ExitError || !strings.Contains(got.stderr, "loopback") {
+		t.Errorf("%+v", got)
+	}
+}
+
 func TestErrorsAreOneLine(t *testing.T) {
 	for name, arguments := range map[string][]string{
 		"a public address":   {"serve", "--store=" + t.TempDir(), "--listen=0.0.0.0:7380"},
+		"a public OpenBao":   {"serve", "--store=" + t.TempDir(), "--listen=127.0.0.1:0", "--openbao=http://203.0.113.5:8200"},
+		"no dash":            {"postgresql", "run", "-c", "x"},
+		"words before --":    {"postgresql", "run", "word", "--", "word"},
 		"an unknown command": {"sing"},
 		"an unknown flag":    {"serve", "--public"},
 		"a broken document":  {"observe", "--document=-"},

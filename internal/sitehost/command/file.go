@@ -2,6 +2,8 @@ package command
 
 import (
 	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -17,11 +19,11 @@ import (
 	"github.com/nomad-site/site/internal/sitehost/atomicfile"
 )
 
-// maxInitFile bounds the sealed file: it holds a few keys.
-const maxInitFile = 1 << 20
+// maxFile bounds the files: they hold a few keys.
+const maxFile = 1 << 20
 
 func fileCommand(options Options) *cobra.Command {
-	command := &cobra.Command{Use: "file", Short: "The host's copy of the sealed init file"}
+	command := &cobra.Command{Use: "file", Short: "The host's copy of the sealed init file, and its unseal key"}
 	get := &cobra.Command{
 		Use: "get PATH", Short: "Print the file as it is", Args: cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, arguments []string) error {
@@ -48,13 +50,34 @@ func fileCommand(options Options) *cobra.Command {
 	}
 	put.Flags().StringVar(&mode, "mode", "0600", "octal mode")
 	put.Flags().StringVar(&owner, "owner", "", "user or user:group, by name or number (default: who runs this)")
-	command.AddCommand(get, put)
+	sum := &cobra.Command{
+		Use: "sum PATH", Short: "Print the file's digest", Args: cobra.ExactArgs(1),
+		RunE: func(_ *cobra.Command, arguments []string) error {
+			if err := options.allowed(arguments[0]); err != nil {
+				return err
+			}
+			var answer struct {
+				SHA256 string `json:"sha256"`
+				Exists bool   `json:"exists"`
+			}
+			content, err := os.ReadFile(arguments[0])
+			switch {
+			case err == nil:
+				digest := sha256.Sum256(content)
+				answer.SHA256, answer.Exists = hex.EncodeToString(digest[:]), true
+			case !errors.Is(err, fs.ErrNotExist):
+				return fmt.Errorf("sum file: %w", err)
+			}
+			return options.print(answer)
+		},
+	}
+	command.AddCommand(get, put, sum)
 	return command
 }
 
 func (o Options) allowed(path string) error {
-	if path != o.InitFile {
-		return fmt.Errorf("file %q: only %s may be read and written", path, o.InitFile)
+	if path != o.InitFile && path != o.UnsealKeyFile {
+		return fmt.Errorf("file %q: only %s and %s may be read and written", path, o.InitFile, o.UnsealKeyFile)
 	}
 	return nil
 }
@@ -72,14 +95,14 @@ func put(input io.Reader, path, mode, owner string) error {
 		}
 	}
 	// All of it is read first, so that a cut connection replaces nothing.
-	content, err := io.ReadAll(io.LimitReader(input, maxInitFile+1))
+	content, err := io.ReadAll(io.LimitReader(input, maxFile+1))
 	switch {
 	case err != nil:
 		return fmt.Errorf("put file: %w", err)
 	case len(content) == 0:
 		return errors.New("put file: nothing came on standard input")
-	case len(content) > maxInitFile:
-		return fmt.Errorf("put file: more than %d bytes", maxInitFile)
+	case len(content) > maxFile:
+		return fmt.Errorf("put file: more than %d bytes", maxFile)
 	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return fmt.Errorf("put file: %w", err)

@@ -7,31 +7,46 @@ import (
 	"log/slog"
 	"sync"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 
 	"github.com/nomad-site/site/internal/blob"
 	"github.com/nomad-site/site/internal/sitehost/serve"
+	"github.com/nomad-site/site/internal/sitehost/unseal"
 )
 
 func serveCommand(options Options) *cobra.Command {
-	var store, listen, operators string
+	var store, listen, operators, unsealKey, openbao string
 	command := &cobra.Command{
-		Use: "serve", Short: "Serve the store's artifacts on loopback", Args: cobra.NoArgs,
+		Use: "serve", Short: "Serve the store's artifacts on loopback, and keep OpenBao unsealed", Args: cobra.NoArgs,
 		RunE: func(command *cobra.Command, _ []string) error {
+			log := slog.New(slog.NewTextHandler(options.Stderr, nil))
+			unsealer, err := unseal.New(unseal.Options{Address: openbao, KeyFile: unsealKey, Log: log})
+			if err != nil {
+				return err
+			}
 			server, err := serve.New(command.Context(), serve.Options{
-				Store: store, Listen: listen, Version: options.Version, Operators: operators,
-				Log:    slog.New(slog.NewTextHandler(options.Stderr, nil)),
-				Notify: serve.SystemdNotify(options.NotifySocket),
+				Store: store, Listen: listen, Version: options.Version, Operators: operators, Log: log,
+				Notify: serve.SystemdNotify(options.NotifySocket), Collectors: []prometheus.Collector{unsealer},
 			})
 			if err != nil {
 				return err
 			}
-			return server.Run(command.Context())
+			// They share nothing but the process.
+			ctx, cancel := context.WithCancel(command.Context())
+			var beside sync.WaitGroup
+			beside.Go(func() { unsealer.Run(ctx) })
+			err = server.Run(ctx)
+			cancel()
+			beside.Wait()
+			return err
 		},
 	}
 	command.Flags().StringVar(&store, "store", serve.DefaultStore, "folder of the store")
 	command.Flags().StringVar(&operators, "operators", "/etc/site/operators.jwks", "JWKS file with the operators' public keys")
 	command.Flags().StringVar(&listen, "listen", serve.DefaultListen, "loopback address and port")
+	command.Flags().StringVar(&unsealKey, "unseal-key", UnsealKeyFile, "file with OpenBao's unseal key; it may come later")
+	command.Flags().StringVar(&openbao, "openbao", unseal.DefaultAddress, "URL of OpenBao, on loopback")
 	return command
 }
 

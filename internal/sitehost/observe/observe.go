@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 
 	"github.com/nomad-site/site/internal/reconcile/host"
@@ -94,18 +95,20 @@ type accounts struct {
 	users      map[string]host.User
 	userNames  map[string]string // by number
 	groupNames map[string]string
-	groups     map[string]bool
+	groups     map[string]host.Group
 }
 
 func readAccounts(root string) (accounts, error) {
-	read := accounts{users: map[string]host.User{}, userNames: map[string]string{}, groupNames: map[string]string{}, groups: map[string]bool{}}
+	read := accounts{users: map[string]host.User{}, userNames: map[string]string{}, groupNames: map[string]string{}, groups: map[string]host.Group{}}
 	content, err := os.ReadFile(filepath.Join(root, "etc/group"))
 	if err != nil {
 		return accounts{}, err
 	}
 	for line := range strings.Lines(string(content)) {
 		if fields := strings.Split(strings.TrimSpace(line), ":"); len(fields) >= 3 {
-			read.groups[fields[0]] = true
+			if gid, err := strconv.Atoi(fields[2]); err == nil {
+				read.groups[fields[0]] = host.Group{Name: fields[0], GID: gid}
+			}
 			if _, known := read.groupNames[fields[2]]; !known {
 				read.groupNames[fields[2]] = fields[0]
 			}
@@ -132,9 +135,11 @@ func readAccounts(root string) (accounts, error) {
 }
 
 func (a accounts) observe(document host.Document, observation *host.Observation) {
-	observation.Groups, observation.Users = map[string]bool{}, map[string]host.User{}
+	observation.Groups, observation.Users = map[string]host.Group{}, map[string]host.User{}
 	for _, group := range document.Groups {
-		observation.Groups[group] = a.groups[group]
+		if found, ok := a.groups[group.Name]; ok {
+			observation.Groups[group.Name] = found
+		}
 	}
 	for _, user := range document.Users {
 		if found, ok := a.users[user.Name]; ok {

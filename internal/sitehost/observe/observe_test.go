@@ -98,7 +98,7 @@ func TestPathsAreObservedWithoutTheirContent(t *testing.T) {
 	must(unix.Mkfifo(filepath.Join(observer.Root, "fifo"), 0o600))
 	got, err := observer.Observe(t.Context(), host.Document{
 		Version:     1,
-		Groups:      []string{"nomad", "absent"},
+		Groups:      []host.Group{{Name: "nomad", GID: 991}, {Name: "absent", GID: 992}},
 		Users:       []host.User{{Name: "nomad"}, {Name: "absent"}},
 		Directories: []host.Directory{{Path: "/srv"}, {Path: "/absent"}, {Path: "/secret"}},
 		Files:       []host.File{{Path: "/secret"}, {Path: "/link"}, {Path: "/fifo"}, {Path: "/secret/below"}},
@@ -131,7 +131,7 @@ func TestPathsAreObservedWithoutTheirContent(t *testing.T) {
 	if got.Binaries["/empty"].SHA256 != emptyDigest || got.Files["/link"].SHA256 != "" || got.Directories["/secret"].SHA256 != "" {
 		t.Errorf("digests: %+v", got)
 	}
-	if !got.Groups["nomad"] || got.Groups["absent"] || !reflect.DeepEqual(got.Users, map[string]host.User{"nomad": {Name: "nomad", UID: 991, Group: "nomad", Home: "/var/lib/nomad"}}) {
+	if !reflect.DeepEqual(got.Groups, map[string]host.Group{"nomad": {Name: "nomad", GID: 991}}) || !reflect.DeepEqual(got.Users, map[string]host.User{"nomad": {Name: "nomad", UID: 991, Group: "nomad", Home: "/var/lib/nomad"}}) {
 		t.Errorf("accounts: %v %v", got.Groups, got.Users)
 	}
 	encoded, err := json.Marshal(got)

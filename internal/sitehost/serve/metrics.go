@@ -25,7 +25,7 @@ type metrics struct {
 	corrupt  prometheus.Counter
 }
 
-func newMetrics(root, version string) *metrics {
+func newMetrics(root, version string, more ...prometheus.Collector) *metrics {
 	m := &metrics{
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "site_host_requests_total", Help: "Requests answered, by dialect and status.",
@@ -45,6 +45,7 @@ func newMetrics(root, version string) *metrics {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(m.requests, m.bytes, m.corrupt, build, newStoreSize(root),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	registry.MustRegister(more...)
 	m.handler = promhttp.HandlerFor(registry, promhttp.HandlerOpts{})
 	return m
 }

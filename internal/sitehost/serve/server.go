@@ -13,6 +13,8 @@ import (
 	"net/netip"
 	"os"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
 )
 
 // The defaults of a host.
@@ -49,6 +51,8 @@ type Options struct {
 	Log       *slog.Logger
 	// Notify tells the service manager about states ("READY=1"); may be nil.
 	Notify func(state string) error
+	// Collectors are metrics of what else runs in this process.
+	Collectors []prometheus.Collector
 }
 
 // Server is a bound artifact server.
@@ -81,7 +85,7 @@ func New(ctx context.Context, options Options) (*Server, error) {
 		http: &http.Server{
 			Handler: &handler{
 				store: store, verifier: newVerifier(store),
-				metrics: newMetrics(options.Store, options.Version), log: options.Log, operators: options.Operators,
+				metrics: newMetrics(options.Store, options.Version, options.Collectors...), log: options.Log, operators: options.Operators,
 			},
 			ReadHeaderTimeout: 5 * time.Second,
 			ReadTimeout:       10 * time.Second,

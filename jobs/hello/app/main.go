@@ -1,5 +1,5 @@
 // Command hello is the application that the lab deploys: it says which commit
-// it was deployed from.
+// it was deployed from, and how often it was started.
 package main
 
 import (
@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -29,11 +30,25 @@ func main() {
 
 // run serves until ctx ends, then lets open requests finish.
 func run(ctx context.Context, getenv func(string) string) error {
+	data, err := connect(ctx, getenv)
+	if err != nil {
+		return err
+	}
 	server := &http.Server{
 		Addr:              listenAddress(getenv),
-		Handler:           newHandler(getenv),
+		Handler:           newHandler(getenv, data),
 		ReadHeaderTimeout: 5 * time.Second,
 		IdleTimeout:       time.Minute,
+	}
+	if data != nil {
+		starting, cancel := context.WithCancel(ctx)
+		var written sync.WaitGroup
+		written.Go(func() { data.start(starting, getenv(shaVariable), getenv(allocVariable)) })
+		defer func() {
+			cancel()
+			written.Wait()
+			data.store.Close()
+		}()
 	}
 	failed := make(chan error, 1)
 	go func() { failed <- server.ListenAndServe() }()
@@ -55,6 +70,19 @@ func run(ctx context.Context, getenv func(string) string) error {
 	return nil
 }
 
+// connect gives no database where none is set, as outside of the job.
+func connect(ctx context.Context, getenv func(string) string) (*database, error) {
+	address := getenv("DATABASE_URL")
+	if address == "" {
+		return nil, nil
+	}
+	opened, err := openPostgres(ctx, address, getenv("DATABASE_PASSWORD_FILE"))
+	if err != nil {
+		return nil, err
+	}
+	return newDatabase(opened), nil
+}
+
 // listenAddress is every address of the host at the port labelled "http" in the
 // jobspec: the health check comes by the host's address, a tunnel by loopback.
 func listenAddress(getenv func(string) string) string {
@@ -72,21 +100,45 @@ type version struct {
 	SHA   string `json:"sha"`
 	Alloc string `json:"alloc"`
 	Job   string `json:"job"`
+	// Rows is how many starts the database knows; absent where it does not answer.
+	Rows *int `json:"rows,omitempty"`
 }
 
-func newHandler(getenv func(string) string) http.Handler {
+// What Nomad tells the task.
+const (
+	shaVariable   = "NOMAD_META_site_git_sha"
+	allocVariable = "NOMAD_ALLOC_ID"
+)
+
+// newHandler answers with what the database says; data may be nil.
+func newHandler(getenv func(string) string, data *database) http.Handler {
 	is := version{
-		SHA:   getenv("NOMAD_META_site_git_sha"),
-		Alloc: getenv("NOMAD_ALLOC_ID"),
+		SHA:   getenv(shaVariable),
+		Alloc: getenv(allocVariable),
 		Job:   getenv("NOMAD_JOB_NAME"),
 	}
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) {
+		if data != nil {
+			if err := data.check(r.Context()); err != nil {
+				slog.Warn("not healthy", "error", err)
+				http.Error(w, "the database does not answer", http.StatusServiceUnavailable)
+				return
+			}
+		}
 		_, _ = fmt.Fprintln(w, "ok")
 	})
-	mux.HandleFunc("GET /version", func(w http.ResponseWriter, _ *http.Request) {
+	mux.HandleFunc("GET /version", func(w http.ResponseWriter, r *http.Request) {
+		answer := is
+		if data != nil {
+			if rows, err := data.rows(r.Context()); err != nil {
+				slog.Warn("rows are not counted", "error", err)
+			} else {
+				answer.Rows = &rows
+			}
+		}
 		w.Header().Set("Content-Type", "application/json")
-		_ = json.NewEncoder(w).Encode(is)
+		_ = json.NewEncoder(w).Encode(answer)
 	})
 	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
 		_, _ = fmt.Fprintf(w, "hello from %s\n", is.SHA)

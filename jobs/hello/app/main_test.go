@@ -15,7 +15,7 @@ func environment(pairs map[string]string) func(string) string {
 }
 
 func TestVersionNamesCommitAndAllocation(t *testing.T) {
-	handler := newHandler(environment(map[string]string{"NOMAD_META_site_git_sha": "abc123", "NOMAD_ALLOC_ID": "a-1", "NOMAD_JOB_NAME": "hello"}))
+	handler := newHandler(environment(map[string]string{"NOMAD_META_site_git_sha": "abc123", "NOMAD_ALLOC_ID": "a-1", "NOMAD_JOB_NAME": "hello"}), nil)
 	recorder := httptest.NewRecorder()
 	handler.ServeHTTP(recorder, httptest.NewRequest(http.MethodGet, "/version", nil))
 	var got version
@@ -28,7 +28,7 @@ func TestVersionNamesCommitAndAllocation(t *testing.T) {
 }
 
 func TestPaths(t *testing.T) {
-	handler := newHandler(environment(map[string]string{"NOMAD_META_site_git_sha": "abc123"}))
+	handler := newHandler(environment(map[string]string{"NOMAD_META_site_git_sha": "abc123"}), nil)
 	for _, tt := range []struct {
 		name, method, path string
 		status             int

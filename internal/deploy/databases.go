@@ -1,0 +1,127 @@
+package deploy
+
+import (
+	"context"
+	"net"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/nomad-site/site/internal/adapter/postgres"
+	"github.com/nomad-site/site/internal/plan"
+	"github.com/nomad-site/site/internal/reconcile/host"
+	"github.com/nomad-site/site/internal/reconcile/role"
+	"github.com/nomad-site/site/internal/secret"
+	"github.com/nomad-site/site/internal/site"
+)
+
+// postgresLimit bounds how long Postgres may take to accept connections: a crash
+// recovery takes minutes.
+const postgresLimit = 5 * time.Minute
+
+func (s *session) hasPostgres() bool { return s.site.Component(site.PostgresComponent) != nil }
+
+// convergeDatabases keeps roles, databases and grants in step with the site.
+func (s *session) convergeDatabases() plan.Step {
+	return &plan.Reconciler[role.Desired, role.Actual]{
+		Title: "databases",
+		Desire: func(ctx context.Context) (role.Desired, error) {
+			if !s.hasPostgres() {
+				return role.Desired{}, nil
+			}
+			return s.desiredRoles(ctx)
+		},
+		Observe: func(ctx context.Context, desired role.Desired) (role.Actual, error) {
+			if !s.hasPostgres() {
+				return role.Actual{}, nil
+			}
+			if err := s.dialPostgres(ctx, nil); err != nil {
+				return role.Actual{}, err
+			}
+			return s.databases.Observe(ctx, desired)
+		},
+		Diff: func(desired role.Desired, actual role.Actual) []plan.Change {
+			if !s.hasPostgres() {
+				return nil
+			}
+			changes, undeclared := role.Diff(desired, actual), role.Undeclared(desired, actual)
+			if s.options.Prune {
+				return append(changes, undeclared...)
+			}
+			for _, one := range undeclared {
+				s.options.Warn(one.Kind + " " + one.Target + " in Postgres is declared by no component: remove it with --prune")
+			}
+			return changes
+		},
+		Converge: func(ctx context.Context, desired role.Desired, actual role.Actual, changes []plan.Change, progress plan.Progress) error {
+			return s.databases.Apply(ctx, desired, actual, changes, progress)
+		},
+	}
+}
+
+// desiredRoles reads the passwords that roles must have. A role whose password
+// nobody gave yet is made without one: nobody can log in as it.
+func (s *session) desiredRoles(ctx context.Context) (role.Desired, error) {
+	desired := role.DesiredOf(s.site)
+	byName := map[string]site.Secret{}
+	for _, one := range s.site.Secrets() {
+		byName[one.FullName()] = one
+	}
+	var wanted []site.Secret
+	for _, one := range desired.Roles {
+		if one.Password != "" {
+			wanted = append(wanted, byName[one.Password])
+		}
+	}
+	if len(wanted) == 0 {
+		return desired, nil
+	}
+	if s.bao == nil {
+		return desired, &plan.UnknownError{Until: "openbao"}
+	}
+	states, err := s.bao.ObserveEntries(ctx, wanted)
+	if err != nil {
+		return desired, err
+	}
+	desired.Passwords = map[string]secret.Value{}
+	var mutex sync.Mutex
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(10)
+	for _, one := range desired.Roles {
+		state := states[one.Password]
+		if one.Password == "" || !state.Exists || state.Deleted {
+			continue
+		}
+		group.Go(func() error {
+			value, _, err := s.bao.Read(ctx, byName[one.Password])
+			mutex.Lock()
+			defer mutex.Unlock()
+			desired.Passwords[one.Name] = value
+			return err
+		})
+	}
+	return desired, group.Wait()
+}
+
+// dialPostgres connects as the superuser, which can be nobody but root on the
+// host: over the Unix socket, through SSH.
+func (s *session) dialPostgres(ctx context.Context, progress plan.Progress) error {
+	if s.databases != nil {
+		return nil
+	}
+	if s.options.DryRun && (s.nomad == nil || s.platformPending) {
+		return &plan.UnknownError{Until: platformStep}
+	}
+	h := s.servers()[0]
+	client := postgres.New(postgres.Options{
+		Dial: func(ctx context.Context, network, address string) (net.Conn, error) {
+			return h.conn.DialThrough(ctx, []string{host.SiteHostPath, "dial", network, address})
+		},
+	})
+	if err := client.Ready(ctx, min(postgresLimit, s.left()), progress); err != nil {
+		return plan.WithHint(err, "see `site logs %s`", site.PostgresComponent)
+	}
+	s.databases = client
+	return nil
+}

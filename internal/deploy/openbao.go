@@ -1,0 +1,498 @@
+package deploy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/nomad-site/site/internal/adapter/nomad"
+	"github.com/nomad-site/site/internal/adapter/openbao"
+	"github.com/nomad-site/site/internal/adapter/ssh"
+	"github.com/nomad-site/site/internal/plan"
+	"github.com/nomad-site/site/internal/reconcile/host"
+	catalogue "github.com/nomad-site/site/internal/reconcile/secret"
+	"github.com/nomad-site/site/internal/retry"
+	"github.com/nomad-site/site/internal/seal"
+	"github.com/nomad-site/site/internal/secret"
+	"github.com/nomad-site/site/internal/site"
+)
+
+const (
+	// openBaoLimit bounds how long OpenBao may take to answer, and site-host to unseal it.
+	openBaoLimit = time.Minute
+	// operatorsMount is where operators log in, operatorRole their only role there.
+	operatorsMount = "operators"
+	operatorRole   = "operator"
+)
+
+// Why somebody is logged in to OpenBao. Tokens of deploys are made under the
+// site's lock: whoever holds it may revoke those that a killed run left behind.
+const (
+	purposeDeploy  = "deploy"
+	purposeLook    = "look"
+	purposeSecrets = "secrets"
+)
+
+// openBaoState is what the OpenBao step compares.
+type openBaoState struct {
+	health openbao.Health
+	// keyOnHost: the host has the unseal key that the init material holds.
+	keyOnHost bool
+	// engine is known once an operator can log in.
+	engine *catalogue.EngineState
+}
+
+func (s *session) hasOpenBao() bool { return s.site.Component(site.OpenBaoComponent) != nil }
+
+// openBaoHost is where OpenBao runs.
+func (s *session) openBaoHost() *remoteHost { return s.servers()[0] }
+
+// convergeOpenBao initialises OpenBao once, and keeps its mounts, login methods,
+// policies and roles in step with the site.
+func (s *session) convergeOpenBao() plan.Step {
+	return &plan.Reconciler[catalogue.Engine, openBaoState]{
+		Title: "openbao",
+		Desire: func(ctx context.Context) (catalogue.Engine, error) {
+			if !s.hasOpenBao() {
+				return catalogue.Engine{}, nil
+			}
+			return s.desiredEngine(ctx)
+		},
+		Observe: func(ctx context.Context, desired catalogue.Engine) (openBaoState, error) {
+			if !s.hasOpenBao() {
+				return openBaoState{}, nil
+			}
+			return s.observeOpenBao(ctx, desired)
+		},
+		Diff: func(desired catalogue.Engine, actual openBaoState) []plan.Change {
+			if !s.hasOpenBao() {
+				return nil
+			}
+			return s.diffOpenBao(desired, actual)
+		},
+		Converge: s.applyOpenBao,
+	}
+}
+
+// desiredEngine is pure but for the hosts' public keys, which were read when connecting.
+func (s *session) desiredEngine(ctx context.Context) (catalogue.Engine, error) {
+	var operators []catalogue.Operator
+	known, err := s.operators()
+	if err != nil {
+		return catalogue.Engine{}, err
+	}
+	for _, operator := range known {
+		operators = append(operators, catalogue.Operator{Name: operator.Name, PublicKeyPEM: operator.PublicKeyPEM})
+	}
+	keys, err := s.hostKeys(ctx)
+	if err != nil {
+		return catalogue.Engine{}, err
+	}
+	return catalogue.DesiredEngine(s.site, operators, keys), nil
+}
+
+// hostKeys are the public keys by which hosts log in to OpenBao. They are made on
+// the hosts, and never leave them but for this half.
+func (s *session) hostKeys(ctx context.Context) ([]string, error) {
+	verb := "ensure"
+	if s.options.DryRun {
+		verb = "show"
+	}
+	var keys []string
+	for _, h := range s.hosts {
+		var answer struct {
+			PublicKeyPEM string `json:"public_key_pem"`
+		}
+		err := h.siteHost(ctx, nil, &answer, "host-key", verb)
+		var exit *ssh.ExitError
+		if s.options.DryRun && errors.As(err, &exit) && exit.Code == exitNotThere {
+			return nil, &plan.UnknownError{Until: "platform jobs"}
+		}
+		if err != nil {
+			return nil, fmt.Errorf("host %s: %w", h.Name, err)
+		}
+		keys = append(keys, answer.PublicKeyPEM)
+	}
+	return keys, nil
+}
+
+// exitNotThere is how site-host says that what was asked for does not exist.
+const exitNotThere = 6
+
+// dialOpenBao reaches OpenBao through the host's loopback.
+func (s *session) dialOpenBao(ctx context.Context) (*openbao.Client, openbao.Health, error) {
+	client, err := openbao.New(openbao.Options{Dial: s.openBaoHost().conn.DialContext})
+	if err != nil {
+		return nil, openbao.Health{}, err
+	}
+	s.onClose(client.Close)
+	var health openbao.Health
+	err = retry.Until(ctx, "OpenBao to answer", min(openBaoLimit, s.left()), func(ctx context.Context) error {
+		health, err = client.Health(ctx)
+		return err
+	})
+	if err != nil {
+		return nil, health, plan.WithHint(err, "see `site logs %s`", site.OpenBaoComponent)
+	}
+	return client, health, nil
+}
+
+// logInToOpenBao gives s.bao an operator's short token, which is revoked when the
+// run ends, however it ends.
+func (s *session) logInToOpenBao(ctx context.Context, client *openbao.Client, purpose string) error {
+	signer, operator, err := s.operatorKey()
+	if err != nil {
+		return err
+	}
+	signed, err := nomad.SignJWTFor(signer, operator, nomad.Audience, purpose, loginTokenTTL)
+	if err != nil {
+		return err
+	}
+	token, _, err := client.Login(ctx, operatorsMount, operatorRole, signed)
+	if err != nil {
+		return fmt.Errorf("log in to OpenBao as operator %s: %w", operator, err)
+	}
+	logged, err := client.WithToken(token)
+	if err != nil {
+		return err
+	}
+	s.temporary.hold("the operator's token in OpenBao", logged.RevokeSelf)
+	s.bao = logged
+	if purpose != purposeDeploy {
+		return nil
+	}
+	_, err = logged.Sweep(ctx, openbao.SweepOptions{Purpose: purposeDeploy})
+	return err
+}
+
+// observeOpenBao looks as deep as it can: a sealed OpenBao says nothing of its mounts.
+func (s *session) observeOpenBao(ctx context.Context, desired catalogue.Engine) (openBaoState, error) {
+	var actual openBaoState
+	if s.options.DryRun && (s.nomad == nil || s.platformPending) {
+		return actual, &plan.UnknownError{Until: platformStep}
+	}
+	client, health, err := s.dialOpenBao(ctx)
+	if err != nil {
+		return actual, err
+	}
+	actual.health = health
+	if actual.keyOnHost, err = s.unsealKeyOnHost(ctx); err != nil {
+		return actual, err
+	}
+	if !health.Initialized || s.material != nil && !s.material.OpenBaoReady {
+		if s.material == nil {
+			return actual, plan.WithHint(errors.New("OpenBao is not initialised"),
+				"run `site bootstrap-deploy --site=%s --openbao-site-root-token-file=FILE`", s.site.Name)
+		}
+		return actual, nil
+	}
+	if health.Sealed {
+		if s.material != nil {
+			return actual, nil // the step unseals
+		}
+		// site-host unseals after a restart; it only needs a moment.
+		if err := s.awaitUnsealed(ctx, client); err != nil {
+			return actual, err
+		}
+		actual.health.Sealed = false
+	}
+	if s.bao == nil {
+		if err := s.logInToOpenBao(ctx, client, s.purpose()); err != nil {
+			return actual, err
+		}
+	}
+	state, err := s.bao.ObserveEngine(ctx, desired)
+	if err != nil {
+		return actual, err
+	}
+	actual.engine = &state
+	return actual, nil
+}
+
+func (s *session) purpose() string {
+	if s.options.DryRun {
+		return purposeLook
+	}
+	return purposeDeploy
+}
+
+func (s *session) awaitUnsealed(ctx context.Context, client *openbao.Client) error {
+	err := retry.Until(ctx, "site-host to unseal OpenBao", min(openBaoLimit, s.left()), func(ctx context.Context) error {
+		health, err := client.Health(ctx)
+		if err == nil && health.Sealed {
+			err = errors.New("it is sealed")
+		}
+		return err
+	})
+	return plan.WithHint(err, "run `site bootstrap-deploy` with the site root token, which holds the unseal key; see `journalctl -u site-host` on %s", s.openBaoHost().Name)
+}
+
+// unsealKeyOnHost compares by digest: without the init material, only whether
+// there is a key.
+func (s *session) unsealKeyOnHost(ctx context.Context) (bool, error) {
+	var sum struct {
+		SHA256 string `json:"sha256"`
+		Exists bool   `json:"exists"`
+	}
+	if err := s.openBaoHost().siteHost(ctx, nil, &sum, "file", "sum", host.UnsealKeyPath); err != nil {
+		return false, err
+	}
+	if s.material == nil || s.material.OpenBaoUnsealKey.IsZero() {
+		return sum.Exists, nil
+	}
+	return sum.Exists && sum.SHA256 == hexSum([]byte(s.material.OpenBaoUnsealKey.Reveal())), nil
+}
+
+func (s *session) diffOpenBao(desired catalogue.Engine, actual openBaoState) []plan.Change {
+	name := s.openBaoHost().Name
+	switch {
+	case !actual.health.Initialized:
+		return []plan.Change{{Action: plan.Create, Kind: "secrets engine", Host: name, Target: site.OpenBaoComponent, Reason: "not initialised"}}
+	case s.material != nil && !s.material.OpenBaoReady:
+		return []plan.Change{{Action: plan.Create, Kind: "secrets engine", Host: name, Target: site.OpenBaoComponent, Reason: "its initialisation was cut short"}}
+	}
+	var changes []plan.Change
+	if !actual.keyOnHost {
+		if s.material == nil {
+			s.options.Warn(fmt.Sprintf("%s is missing on %s: OpenBao stays sealed after a reboot; run `site bootstrap-deploy` with the site root token",
+				host.UnsealKeyPath, name))
+		} else {
+			changes = append(changes, plan.Change{Action: plan.Create, Kind: "file", Host: name, Target: host.UnsealKeyPath, Reason: "it unseals OpenBao after a reboot"})
+		}
+	}
+	if actual.health.Sealed {
+		changes = append(changes, plan.Change{Action: plan.Start, Kind: "secrets engine", Host: name, Target: site.OpenBaoComponent, Reason: "sealed"})
+	}
+	if actual.engine == nil {
+		return changes
+	}
+	changes = append(changes, catalogue.DiffEngine(desired, *actual.engine)...)
+	strays := catalogue.StrayEngine(desired, *actual.engine)
+	if s.options.Prune {
+		return append(changes, strays...)
+	}
+	for _, stray := range strays {
+		s.options.Warn(fmt.Sprintf("%s %s in OpenBao is of no component: remove it with --prune", stray.Kind, stray.Target))
+	}
+	return changes
+}
+
+func (s *session) applyOpenBao(ctx context.Context, desired catalogue.Engine, actual openBaoState, changes []plan.Change, progress plan.Progress) error {
+	switch {
+	case !actual.health.Initialized:
+		return s.initialiseOpenBao(ctx, desired, progress)
+	case s.material != nil && !s.material.OpenBaoReady:
+		return s.resumeOpenBao(ctx, desired, actual, progress)
+	}
+	if s.material != nil && !actual.keyOnHost {
+		if err := s.putUnsealKey(ctx); err != nil {
+			return err
+		}
+	}
+	if actual.health.Sealed {
+		progress.Message("unsealing")
+		client, _, err := s.dialOpenBao(ctx)
+		if err != nil {
+			return err
+		}
+		if err := client.Unseal(ctx, s.material.OpenBaoUnsealKey); err != nil {
+			return err
+		}
+	}
+	if actual.engine == nil {
+		seen, err := s.observeOpenBao(ctx, desired)
+		if err != nil {
+			return err
+		}
+		actual, changes = seen, catalogue.DiffEngine(desired, *seen.engine)
+	}
+	if err := s.bao.ApplyEngine(ctx, desired, *actual.engine, changes, progress); err != nil {
+		return err
+	}
+	_, err := s.bao.RevokeOperators(ctx, s.operatorNames())
+	return err
+}
+
+func (s *session) operatorNames() []string {
+	names := make([]string, 0, len(s.site.Operators))
+	for _, operator := range s.site.Operators {
+		names = append(names, operator.Name)
+	}
+	return names
+}
+
+// initialiseOpenBao makes OpenBao ours. Whatever cuts it short, the next run can
+// do it again: nothing of value is in there before operators can log in, which
+// is when the material says ready.
+func (s *session) initialiseOpenBao(ctx context.Context, desired catalogue.Engine, progress plan.Progress) error {
+	client, _, err := s.dialOpenBao(ctx)
+	if err != nil {
+		return err
+	}
+	progress.Message("initialising")
+	unsealKey, rootToken, err := client.Initialize(ctx)
+	if err != nil {
+		return err
+	}
+	root, err := client.WithToken(rootToken)
+	if err != nil {
+		return err
+	}
+	held := s.temporary.hold("OpenBao's first root token", func(ctx context.Context) error { return s.revokeRoot(ctx, root, unsealKey) })
+	progress.Message("sealing the unseal key")
+	if err := s.changeMaterial(ctx, func(m *seal.Material) { m.OpenBaoUnsealKey, m.OpenBaoReady = unsealKey, false }); err != nil {
+		return err
+	}
+	if err := s.putUnsealKey(ctx); err != nil {
+		return err
+	}
+	progress.Message("unsealing")
+	if err := client.Unseal(ctx, unsealKey); err != nil {
+		return err
+	}
+	progress.Message("making mounts, login methods and policies")
+	state, err := root.ObserveEngine(ctx, desired)
+	if err != nil {
+		return err
+	}
+	if err := root.ApplyEngine(ctx, desired, state, catalogue.DiffEngine(desired, state), progress); err != nil {
+		return err
+	}
+	// Nobody is locked out: the operator's login works before the root token goes.
+	if err := s.logInToOpenBao(ctx, client, purposeDeploy); err != nil {
+		return err
+	}
+	progress.Message("revoking the first root token")
+	if err := held.let(ctx); err != nil {
+		return err
+	}
+	return s.openBaoIsReady(ctx, progress)
+}
+
+// revokeRoot revokes the first root token; where OpenBao is still sealed it must
+// be opened for that.
+func (s *session) revokeRoot(ctx context.Context, root *openbao.Client, unsealKey secret.Value) error {
+	health, err := root.Health(ctx)
+	if err != nil {
+		return err
+	}
+	if health.Sealed {
+		if err := root.Unseal(ctx, unsealKey); err != nil {
+			return err
+		}
+	}
+	if err := root.RevokeSelf(ctx); err != nil {
+		return err
+	}
+	if gone, err := root.Revoked(ctx); err != nil || !gone {
+		return errors.Join(errors.New("OpenBao still accepts it"), err)
+	}
+	return nil
+}
+
+// openBaoIsReady ends an initialisation, from when on OpenBao's data is never wiped.
+func (s *session) openBaoIsReady(ctx context.Context, progress plan.Progress) error {
+	if err := s.openBaoHost().siteHost(ctx, nil, nil, "openbao", "mark"); err != nil {
+		return err
+	}
+	if err := s.changeMaterial(ctx, func(m *seal.Material) { m.OpenBaoReady = true }); err != nil {
+		return err
+	}
+	// Nomad looks for OpenBao rarely; told to read its configuration, it looks at once.
+	progress.Message("telling Nomad")
+	return s.each(ctx, s.hosts, func(ctx context.Context, h *remoteHost) error {
+		_, err := h.conn.Run(ctx, ssh.Command{Args: []string{"systemctl", "reload", "nomad.service"}})
+		return err
+	})
+}
+
+// resumeOpenBao goes on after an initialisation that was cut short. If the
+// operator can log in, it had come so far that only the end is missing; if not,
+// there is nothing in it yet, and it begins again.
+func (s *session) resumeOpenBao(ctx context.Context, desired catalogue.Engine, actual openBaoState, progress plan.Progress) error {
+	client, _, err := s.dialOpenBao(ctx)
+	if err != nil {
+		return err
+	}
+	if err := s.reopenOpenBao(ctx, client, actual, progress); err != nil {
+		if ctx.Err() != nil {
+			return err
+		}
+		progress.Message("beginning again: %v", err)
+		if err := s.wipeOpenBao(ctx, progress); err != nil {
+			return err
+		}
+		return s.initialiseOpenBao(ctx, desired, progress)
+	}
+	state, err := s.bao.ObserveEngine(ctx, desired)
+	if err != nil {
+		return err
+	}
+	if err := s.bao.ApplyEngine(ctx, desired, state, catalogue.DiffEngine(desired, state), progress); err != nil {
+		return err
+	}
+	// The first root token of the run that was cut short may still be good.
+	revoked, err := s.bao.Sweep(ctx, openbao.SweepOptions{Purpose: purposeDeploy, Thorough: true})
+	if err != nil {
+		return err
+	}
+	if revoked > 0 {
+		progress.Message("revoked %d tokens that an earlier run had left", revoked)
+	}
+	return s.openBaoIsReady(ctx, progress)
+}
+
+func (s *session) reopenOpenBao(ctx context.Context, client *openbao.Client, actual openBaoState, progress plan.Progress) error {
+	if s.material.OpenBaoUnsealKey.IsZero() {
+		return errors.New("its unseal key was never kept")
+	}
+	if err := s.putUnsealKey(ctx); err != nil {
+		return err
+	}
+	if actual.health.Sealed {
+		progress.Message("unsealing")
+		if err := client.Unseal(ctx, s.material.OpenBaoUnsealKey); err != nil {
+			return err
+		}
+	}
+	return s.logInToOpenBao(ctx, client, purposeDeploy)
+}
+
+// wipeOpenBao throws away the data of an initialisation that was cut short. The
+// host refuses where it was ever finished.
+func (s *session) wipeOpenBao(ctx context.Context, progress plan.Progress) error {
+	prepared := s.jobs[site.OpenBaoComponent]
+	if prepared == nil {
+		return fmt.Errorf("component %s is not part of this run", site.OpenBaoComponent)
+	}
+	progress.Message("wiping what was never finished")
+	if err := s.nomad.Stop(ctx, prepared.Desired.JobID); err != nil {
+		return err
+	}
+	err := retry.Until(ctx, "OpenBao to stop", min(openBaoLimit, s.left()), func(ctx context.Context) error {
+		output, err := s.openBaoHost().conn.Run(ctx, ssh.Command{Args: []string{
+			"podman", "ps", "--quiet", "--filter", "name=^" + site.OpenBaoComponent + "-",
+		}})
+		if err == nil && len(strings.TrimSpace(string(output))) > 0 {
+			err = errors.New("its container runs")
+		}
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if err := s.openBaoHost().siteHost(ctx, nil, nil, "openbao", "wipe"); err != nil {
+		return err
+	}
+	have, err := s.nomad.Observe(ctx, prepared)
+	if err != nil {
+		return err
+	}
+	return s.rollOutOne(ctx, prepared, have, progress)
+}
+
+func (s *session) putUnsealKey(ctx context.Context) error {
+	return s.openBaoHost().siteHost(ctx, []byte(s.material.OpenBaoUnsealKey.Reveal()), nil, "file", "put", host.UnsealKeyPath, "--mode", "0600")
+}

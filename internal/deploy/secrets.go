@@ -1,0 +1,258 @@
+package deploy
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/nomad-site/site/internal/adapter/program"
+	"github.com/nomad-site/site/internal/plan"
+	catalogue "github.com/nomad-site/site/internal/reconcile/secret"
+	"github.com/nomad-site/site/internal/retry"
+	"github.com/nomad-site/site/internal/secret"
+	"github.com/nomad-site/site/internal/site"
+	"github.com/nomad-site/site/internal/sitehost/release"
+)
+
+// secretsState is what the secrets step compares.
+type secretsState struct {
+	entries map[string]catalogue.EntryState
+	// inUse names, by secret, the deployed components that run on it.
+	inUse map[string][]string
+}
+
+// convergeSecrets makes the values that the site makes itself, once, and finds
+// out which ones nobody gave yet.
+func (s *session) convergeSecrets() plan.Step {
+	return &plan.Reconciler[[]site.Secret, secretsState]{
+		Title:   "secrets",
+		Desire:  func(context.Context) ([]site.Secret, error) { return s.site.Secrets(), nil },
+		Observe: s.observeSecrets,
+		Diff: func(desired []site.Secret, actual secretsState) []plan.Change {
+			changes, findings := s.diffSecrets(desired, actual)
+			s.blockOn(findings)
+			for _, lost := range findings.Lost {
+				changes = append(changes, plan.Change{
+					Action: catalogue.Import, Kind: catalogue.Kind, Target: lost.Name,
+					Reason: "its value is gone and cannot be made again, needed by " + strings.Join(lost.Jobs, ", "),
+				})
+			}
+			return changes
+		},
+		Converge: func(ctx context.Context, desired []site.Secret, actual secretsState, _ []plan.Change, progress plan.Progress) error {
+			changes, findings := s.diffSecrets(desired, actual)
+			if err := findings.LostError(); err != nil {
+				return err
+			}
+			for _, change := range changes {
+				if change.Action == catalogue.Import {
+					continue // the end of the run asks for it
+				}
+				if err := s.makeSecret(ctx, desired, actual, change.Target, progress); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
+		Settled: func(ctx context.Context, desired []site.Secret) error {
+			actual, err := s.observeSecrets(ctx, desired)
+			if err != nil {
+				return fmt.Errorf("verify: %w", err)
+			}
+			left, _ := s.diffSecrets(desired, actual)
+			left = slices.DeleteFunc(left, func(change plan.Change) bool { return change.Action == catalogue.Import })
+			if len(left) > 0 {
+				return &plan.NotSettledError{Left: left}
+			}
+			return nil
+		},
+	}
+}
+
+func (s *session) diffSecrets(desired []site.Secret, actual secretsState) ([]plan.Change, catalogue.Findings) {
+	return catalogue.Diff(desired, actual.entries, catalogue.DiffOptions{
+		InUse:   func(name string) []string { return actual.inUse[name] },
+		Waiting: catalogue.Readers(s.site),
+		Remake:  s.remake(),
+	})
+}
+
+func (s *session) remake() map[string]bool {
+	remake := map[string]bool{}
+	for _, name := range s.options.RemakeSecrets {
+		remake[name] = true
+	}
+	return remake
+}
+
+func (s *session) observeSecrets(ctx context.Context, desired []site.Secret) (secretsState, error) {
+	if len(desired) == 0 {
+		return secretsState{}, nil
+	}
+	if s.bao == nil {
+		return secretsState{}, &plan.UnknownError{Until: "openbao"}
+	}
+	entries, err := s.bao.ObserveEntries(ctx, desired)
+	if err != nil {
+		return secretsState{}, err
+	}
+	latest, err := s.latestRelease(ctx)
+	if err != nil {
+		return secretsState{}, err
+	}
+	return secretsState{entries: entries, inUse: inUse(desired, latest)}, nil
+}
+
+// inUse looks into the jobs that were deployed: a secret that one of them reads
+// had a value, whatever OpenBao says of it now.
+func inUse(secrets []site.Secret, latest *release.Record) map[string][]string {
+	used := map[string][]string{}
+	if latest == nil {
+		return used
+	}
+	for _, one := range secrets {
+		path := site.SecretMount + "/data/" + one.KVPath() + `\"`
+		for name, component := range latest.Components {
+			if strings.Contains(component.Jobspec, path) {
+				used[one.FullName()] = append(used[one.FullName()], name)
+			}
+		}
+		slices.Sort(used[one.FullName()])
+	}
+	return used
+}
+
+// blockOn keeps the components back that need a secret which nobody gave, and
+// those that wait for them.
+func (s *session) blockOn(findings catalogue.Findings) {
+	s.missingSecrets = findings.MissingError()
+	s.blocked = map[string]string{}
+	for _, missing := range findings.Missing {
+		for _, component := range missing.Components {
+			s.blocked[component] = "secret " + missing.Name + " is missing"
+		}
+	}
+	for again := true; again; {
+		again = false
+		for _, component := range s.site.Components {
+			if s.blocked[component.Name] != "" {
+				continue
+			}
+			for _, needed := range s.site.WaitsFor(component.Name) {
+				if s.blocked[needed] != "" {
+					s.blocked[component.Name], again = "it waits for "+needed, true
+				}
+			}
+		}
+	}
+}
+
+// makeSecret makes one value and writes it where there is none, or the same
+// version that the diff saw.
+func (s *session) makeSecret(ctx context.Context, desired []site.Secret, actual secretsState, name string, progress plan.Progress) error {
+	i := slices.IndexFunc(desired, func(one site.Secret) bool { return one.FullName() == name })
+	one := desired[i]
+	var value secret.Value
+	var err error
+	switch {
+	case one.Generated != nil:
+		value, err = catalogue.Generate(*one.Generated, rand.Reader)
+	case one.ProducedBy != nil && len(one.ProducedBy.Command) > 0:
+		progress.Message("%s: running %s", name, one.ProducedBy.Command[0])
+		value, err = s.runProducer(ctx, one)
+	default:
+		err = errors.New("it has no source that a deploy could use")
+	}
+	if err != nil {
+		return fmt.Errorf("secret %s: %w", name, err)
+	}
+	_, err = s.bao.Write(ctx, one, value, actual.entries[name].Version, nil)
+	return err
+}
+
+// producerLimit bounds a command that makes or checks a secret.
+const producerLimit = time.Minute
+
+// runProducer runs a command of the repository; what it prints is the value,
+// without the newline at the end.
+func (s *session) runProducer(ctx context.Context, one site.Secret) (secret.Value, error) {
+	output, err := program.Run(ctx, program.Command{Dir: s.tree, Args: one.ProducedBy.Command, Limit: producerLimit})
+	if err != nil {
+		return secret.Value{}, err
+	}
+	value := secret.New(string(bytes.TrimRight(output, "\r\n")))
+	if value.IsZero() {
+		return value, plan.WithHint(fmt.Errorf("%s printed nothing", one.ProducedBy.Command[0]), "it must print the value on standard output")
+	}
+	return value, nil
+}
+
+// awaitProduced waits until the jobs of a wave wrote what they produce: those who
+// read it come next.
+func (s *session) awaitProduced(ctx context.Context, components []site.Component, progress plan.Progress) error {
+	var produced []site.Secret
+	for _, component := range components {
+		produced = append(produced, s.site.Produces(component.Name)...)
+	}
+	if len(produced) == 0 {
+		return nil
+	}
+	var missing []string
+	err := retry.Until(ctx, "produced secrets", s.left(), func(ctx context.Context) error {
+		states, err := s.bao.ObserveEntries(ctx, produced)
+		if err != nil {
+			return err
+		}
+		was := len(missing)
+		missing = missing[:0]
+		for _, one := range produced {
+			if state := states[one.FullName()]; !state.Exists || state.Deleted {
+				missing = append(missing, one.FullName())
+			}
+		}
+		if len(missing) == 0 {
+			return nil
+		}
+		if len(missing) != was {
+			progress.Message("waiting for %s", strings.Join(missing, ", "))
+		}
+		return fmt.Errorf("not written yet: %s", strings.Join(missing, ", "))
+	})
+	return plan.WithHint(err, "the job that produces it is healthy and did not write it: see `site logs`")
+}
+
+// askForSecrets ends a run that left something out for want of a secret: all
+// of them in one error.
+func (s *session) askForSecrets() plan.Step {
+	return check{title: "external secrets", run: func(context.Context) error {
+		if s.missingSecrets == nil || s.options.DryRun {
+			return nil
+		}
+		return s.missingSecrets
+	}}
+}
+
+func (s *session) openOpenBao(ctx context.Context) error {
+	if !s.hasOpenBao() {
+		return plan.WithHint(fmt.Errorf("site %q has no secrets engine", s.site.Name),
+			"add `component %q {}` to sites/%s/site.hcl, commit it and deploy", site.OpenBaoComponent, s.site.Name)
+	}
+	client, health, err := s.dialOpenBao(ctx)
+	if err != nil {
+		return err
+	}
+	switch {
+	case !health.Initialized:
+		return plan.WithHint(errors.New("OpenBao is not initialised"), "run `site bootstrap-deploy --site=%s`", s.site.Name)
+	case health.Sealed:
+		if err := s.awaitUnsealed(ctx, client); err != nil {
+			return err
+		}
+	}
+	return s.logInToOpenBao(ctx, client, purposeSecrets)
+}

@@ -1,0 +1,67 @@
+package secret
+
+import (
+	"fmt"
+	"strings"
+)
+
+// MissingError names every external secret that has no value, so that all of
+// them can be brought at once.
+type MissingError struct{ Missing []MissingSecret }
+
+func (e *MissingError) Error() string {
+	var text strings.Builder
+	if len(e.Missing) == 1 {
+		text.WriteString("1 secret from outside is missing:")
+	} else {
+		fmt.Fprintf(&text, "%d secrets from outside are missing:", len(e.Missing))
+	}
+	for _, one := range e.Missing {
+		what := ""
+		if one.Description != "" {
+			what = " (" + one.Description + ")"
+		}
+		fmt.Fprintf(&text, "\n  %s%s, needed by %s: %s", one.Name, what, strings.Join(one.Components, ", "), importCommand(one.Name))
+	}
+	return text.String()
+}
+
+// Hint implements plan.Hinter.
+func (e *MissingError) Hint() string {
+	if len(e.Missing) == 1 {
+		return "import it as the line says, then deploy again"
+	}
+	return "import each as its line says, then deploy again"
+}
+
+func importCommand(name string) string { return "site secrets import " + name + " --from-file=FILE" }
+
+// LostError names generated secrets whose value is gone while jobs run on it:
+// a new value would cut those off from what they protect with the old one.
+type LostError struct{ Lost []LostSecret }
+
+func (e *LostError) Error() string {
+	lines := make([]string, len(e.Lost))
+	for i, one := range e.Lost {
+		how := "is gone"
+		if one.Deleted {
+			how = "was deleted"
+		}
+		runs := "runs"
+		if len(one.Jobs) > 1 {
+			runs = "run"
+		}
+		lines[i] = fmt.Sprintf("the value of generated secret %s %s while %s %s on it", one.Name, how, strings.Join(one.Jobs, ", "), runs)
+	}
+	return strings.Join(lines, "\n")
+}
+
+// Hint implements plan.Hinter.
+func (e *LostError) Hint() string {
+	hints := make([]string, len(e.Lost))
+	for i, one := range e.Lost {
+		hints[i] = fmt.Sprintf("put the value back with: site secrets set %s, or: %s; or let a new one be made with: --remake-secret=%s",
+			one.Name, importCommand(one.Name), one.Name)
+	}
+	return strings.Join(hints, "\n")
+}

@@ -1,0 +1,53 @@
+package secret
+
+import "github.com/nomad-site/site/internal/site"
+
+// operatorPolicy is what a deploy and `site secrets` need: to converge what
+// the site owns, to read and write the catalogue, and to find and revoke
+// tokens that were left behind. It cannot unmount anything, so no operator's
+// mistake deletes the secrets of the site at once.
+func operatorPolicy() string {
+	all := rules{}
+	all.allow(site.SecretMount+"/config", "create", "read", "update")
+	all.allow(site.SecretMount+"/data/*", "create", "read", "update", "delete")
+	all.allow(site.SecretMount+"/metadata", "list")
+	all.allow(site.SecretMount+"/metadata/*", "create", "read", "update", "list")
+	all.allow(site.SecretMount+"/undelete/*", "create", "update")
+
+	all.allow("sys/mounts", "read")
+	all.allow("sys/mounts/"+site.SecretMount, "create", "read", "update")
+	all.allow("sys/mounts/"+site.SecretMount+"/tune", "read", "create", "update")
+	all.allow("sys/auth", "read")
+	for _, mount := range []string{OperatorsMount, HostsMount, JobsMount} {
+		all.allow("sys/auth/"+mount, "create", "read", "update", "sudo")
+		// Auth methods are tuned at either of two paths.
+		all.allow("sys/auth/"+mount+"/tune", "create", "read", "update", "sudo")
+		all.allow("sys/mounts/auth/"+mount+"/tune", "create", "read", "update")
+		all.allow("auth/"+mount+"/config", "create", "read", "update")
+		all.allow("auth/"+mount+"/role", "list")
+		all.allow("auth/"+mount+"/role/*", "create", "read", "update", "delete", "list")
+	}
+	all.allow("sys/audit", "read", "sudo")
+	all.allow("sys/audit/"+AuditPath, "create", "update", "delete", "sudo")
+	all.allow("sys/policies/acl", "list")
+	all.allow("sys/policies/acl/", "list")
+	all.allow("sys/policies/acl/"+JobPolicyPrefix+"*", "create", "read", "update", "delete")
+	all.allow("sys/policies/acl/"+OperatorPolicy, "create", "read", "update")
+	all.allow("sys/policies/acl/"+HostPolicy, "create", "read", "update")
+
+	all.allow("sys/leases/lookup/auth/*", "list", "sudo")
+	all.allow("auth/token/accessors", "list", "sudo")
+	all.allow("auth/token/accessors/", "list", "sudo")
+	all.allow("auth/token/lookup-accessor", "create", "update")
+	all.allow("auth/token/revoke-accessor", "create", "update")
+	all.allow("auth/token/lookup-self", "read")
+	all.allow("auth/token/revoke-self", "create", "update")
+	return all.text("What operators of the site may do; made by site, changes are undone.")
+}
+
+// hostPolicy is what a host's own key may do: nothing yet but to know itself.
+func hostPolicy() string {
+	all := rules{}
+	all.allow("auth/token/lookup-self", "read")
+	return all.text("What hosts of the site may do; made by site, changes are undone.")
+}

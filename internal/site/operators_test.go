@@ -1,0 +1,82 @@
+package site_test
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/nomad-site/site/internal/site"
+)
+
+const twoOperators = `# The site of the shop.
+site "shop" {
+  host "a" {
+    address = "192.0.2.1" # the only one
+  }
+
+  operator "alice" {
+    public_key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIIkP6UtB7xj780//mUMykuSidcHOtePSfASIZLhkzgkn"
+  }
+
+  # bob is on call
+  operator "bob" {
+    public_key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJzvoyAmo8fLnoExV7PWx0b06MfONnqdLRjF79hhOCIM"
+  }
+}
+`
+
+func TestOperatorsAreAddedAndRemovedAndTheRestStays(t *testing.T) {
+	const key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJzvoyAmo8fLnoExV7PWx0b06MfONnqdLRjF79hhOCIM carol@laptop\n"
+	added, err := site.AddOperator([]byte(twoOperators), "carol", key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"# The site of the shop.", "# the only one", "# bob is on call", `operator "carol"`, "OCIM\""} {
+		if !strings.Contains(string(added), want) {
+			t.Errorf("%q is missing in\n%s", want, added)
+		}
+	}
+	if strings.Contains(string(added), "carol@laptop") {
+		t.Error("the comment of the key came along")
+	}
+	removed, err := site.RemoveOperator(added, "alice")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if strings.Contains(string(removed), "alice") || !strings.Contains(string(removed), "bob") {
+		t.Errorf("not exactly alice is gone:\n%s", removed)
+	}
+}
+
+func TestAnOperatorThatCannotBeAddedOrRemovedIsRefused(t *testing.T) {
+	lone, err := site.RemoveOperator([]byte(twoOperators), "alice")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tests := map[string]struct {
+		edit func() ([]byte, error)
+		want string
+	}{
+		"one that is there already": {func() ([]byte, error) {
+			return site.AddOperator([]byte(twoOperators), "bob", "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJzvoyAmo8fLnoExV7PWx0b06MfONnqdLRjF79hhOCIM")
+		}, "operator bob is there already"},
+		"a name that is none": {func() ([]byte, error) { return site.AddOperator([]byte(twoOperators), "Bob Smith", "x") }, `"Bob Smith" is not an operator's name`},
+		"a private key": {func() ([]byte, error) {
+			return site.AddOperator([]byte(twoOperators), "carol", "-----BEGIN OPENSSH PRIVATE KEY-----")
+		}, "this is a private key"},
+		"an unknown one": {func() ([]byte, error) { return site.RemoveOperator([]byte(twoOperators), "carol") }, `there is no operator "carol"`},
+		"the last one":   {func() ([]byte, error) { return site.RemoveOperator(lone, "bob") }, "bob is the only operator"},
+		"no site at all": {func() ([]byte, error) { return site.RemoveOperator([]byte("other {}\n"), "bob") }, "has no site block"},
+		"a syntax error": {func() ([]byte, error) { return site.RemoveOperator([]byte("site {"), "bob") }, "site.hcl:1"},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			changed, err := test.edit()
+			if err == nil || !strings.Contains(err.Error(), test.want) {
+				t.Fatalf("got %v, want %q", err, test.want)
+			}
+			if changed != nil {
+				t.Error("it gave a changed file all the same")
+			}
+		})
+	}
+}

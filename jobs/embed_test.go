@@ -1,0 +1,84 @@
+package jobs_test
+
+import (
+	"errors"
+	"io/fs"
+	"slices"
+	"strings"
+	"testing"
+	"testing/fstest"
+
+	"github.com/nomad-site/site/internal/site"
+	"github.com/nomad-site/site/jobs"
+)
+
+func TestOnlyThePlatformsOwnComponentsAreCarried(t *testing.T) {
+	var files []string
+	err := fs.WalkDir(jobs.FS(), "jobs", func(path string, entry fs.DirEntry, err error) error {
+		if err == nil && !entry.IsDir() {
+			files = append(files, path)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []string{
+		"jobs/openbao/component.hcl", "jobs/openbao/openbao.nomad.hcl",
+		"jobs/postgresql/component.hcl", "jobs/postgresql/postgresql.nomad.hcl",
+	}
+	if !slices.Equal(files, want) {
+		t.Errorf("carried are %q", files)
+	}
+	for _, name := range []string{"openbao/component.hcl", "jobs/hello/component.hcl", ".", "job"} {
+		if _, err := fs.Stat(jobs.FS(), name); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	for _, name := range []string{"jobs/", "/jobs", "jobs/../jobs/openbao", ""} {
+		if _, err := fs.Stat(jobs.FS(), name); !errors.Is(err, fs.ErrInvalid) {
+			t.Errorf("%q: %v", name, err)
+		}
+	}
+}
+
+func TestAnAdoptersSiteUsesThem(t *testing.T) {
+	const document = `site "gamma" {
+  host "gamma-1" {
+    address = "gamma-1"
+  }
+
+  operator "someone" {
+    public_key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f"
+  }
+
+  component "openbao" {}
+  component "postgresql" {
+    variables = { max_connections = 50 }
+  }
+}
+`
+	repository := fstest.MapFS{"sites/gamma/site.hcl": &fstest.MapFile{Data: []byte(document)}}
+	loaded, err := site.Load(repository, "gamma", site.LoadOptions{WorkDir: t.TempDir(), Platform: jobs.FS()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{site.OpenBaoComponent, site.PostgresComponent} {
+		component := loaded.Component(name)
+		if component == nil || !component.Platform || len(component.Artifacts) != 1 {
+			t.Fatalf("component %s is %+v", name, component)
+		}
+		// They are what secrets and databases need, and so need neither.
+		if len(component.After) > 0 || len(component.Secrets) > 0 || len(component.Reads) > 0 || strings.Contains(string(component.Jobspec), "vault {") {
+			t.Errorf("%s needs %+v", name, component)
+		}
+	}
+}
+
+func TestAMisspeltOneIsGuessed(t *testing.T) {
+	repository := fstest.MapFS{"sites/gamma/site.hcl": &fstest.MapFile{Data: []byte("site \"gamma\" {\n  component \"postgres\" {}\n}\n")}}
+	_, err := site.Load(repository, "gamma", site.LoadOptions{WorkDir: t.TempDir(), Platform: jobs.FS()})
+	if err == nil || !strings.Contains(err.Error(), "postgresql") {
+		t.Errorf("got %v", err)
+	}
+}
