@@ -71,7 +71,7 @@ generate: build ## write what is generated: build files, command reference, gold
 	  -run 'Catalogue|Reference|Golden|Formatted' -update
 
 bench: setup tools ## speed and memory, as ratios; see docs/performance.md
-	SITE_TEST_LAB=1 SITE_TEST_SITE=$(CURDIR)/$(SITE) go test -run '^$$' -bench . -benchtime 1x -timeout 60m ./test/bench/...
+	SITE_TEST_LAB=1 SITE_TEST_SITE=$(CURDIR)/$(SITE) go test -run '^$$' -bench . -benchtime 1x -timeout 60m ./test/bench/... ./internal/adapter/openbao ./internal/adapter/postgres
 
 clean: ## remove what was built here
 	rm -rf bin internal/hostbinary/site-host-linux-*

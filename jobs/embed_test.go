@@ -8,6 +8,8 @@ import (
 	"testing"
 	"testing/fstest"
 
+	"github.com/nomad-site/site/bootstrap"
+	"github.com/nomad-site/site/internal/adapter/debian"
 	"github.com/nomad-site/site/internal/site"
 	"github.com/nomad-site/site/jobs"
 )
@@ -69,8 +71,36 @@ func TestAnAdoptersSiteUsesThem(t *testing.T) {
 			t.Fatalf("component %s is %+v", name, component)
 		}
 		// They are what secrets and databases need, and so need neither.
+		for _, artifact := range component.Artifacts {
+			checkLocked(t, artifact.DebPackages)
+		}
 		if len(component.After) > 0 || len(component.Secrets) > 0 || len(component.Reads) > 0 || strings.Contains(string(component.Jobspec), "vault {") {
 			t.Errorf("%s needs %+v", name, component)
+		}
+	}
+}
+
+// checkLocked looks for the packages of an image in a lock of each architecture.
+func checkLocked(t *testing.T, packages []string) {
+	t.Helper()
+	for _, architecture := range []string{"amd64", "arm64"} {
+		names, err := fs.Glob(bootstrap.FS, "debs/image-*-"+architecture+".lock.json")
+		if err != nil {
+			t.Fatal(err)
+		}
+		found := slices.ContainsFunc(names, func(name string) bool {
+			content, err := fs.ReadFile(bootstrap.FS, name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			lock, err := debian.ParseLock(content)
+			if err != nil {
+				t.Fatalf("%s: %v", name, err)
+			}
+			return !slices.ContainsFunc(packages, func(name string) bool { return !slices.Contains(lock.Asked, name) })
+		})
+		if !found {
+			t.Errorf("no lock for images on %s was made for %q", architecture, packages)
 		}
 	}
 }

@@ -204,7 +204,7 @@ func importedValues(command *cobra.Command, env Environment, args []string, file
 		return []deploy.NewValue{{Name: names[0], Value: secret.New(string(output))}}, nil
 	}
 	value, err := fileValue(env, file)
-	return []deploy.NewValue{{Name: names[0], Value: value}}, err
+	return []deploy.NewValue{{Name: names[0], Value: value, Problem: err}}, nil
 }
 
 // mostBytes bounds what is read at all; the catalogue's own limit is lower and
@@ -246,21 +246,17 @@ func folderValues(folder string) ([]deploy.NewValue, error) {
 		return nil, fmt.Errorf("secret files: %w", err)
 	}
 	var values []deploy.NewValue
-	var problems []error
 	for _, entry := range entries {
 		if strings.HasPrefix(entry.Name(), ".") {
 			continue
 		}
 		value, err := fileValue(Environment{}, filepath.Join(folder, entry.Name()))
-		if err != nil {
-			problems = append(problems, err)
-		}
-		values = append(values, deploy.NewValue{Name: entry.Name(), Value: value})
+		values = append(values, deploy.NewValue{Name: entry.Name(), Value: value, Problem: err})
 	}
 	if len(values) == 0 {
 		return nil, plan.WithHint(fmt.Errorf("%s holds no files", folder), "name each file like its secret, such as shop.stripe_key")
 	}
-	return values, errors.Join(problems...)
+	return values, nil
 }
 
 func newSecretsSet(env Environment, flags *globalFlags) *cobra.Command {

@@ -46,6 +46,9 @@ func (s *session) convergeDatabases() plan.Step {
 				return nil
 			}
 			changes, undeclared := role.Diff(desired, actual), role.Undeclared(desired, actual)
+			for _, one := range role.Waiting(desired, actual) {
+				s.options.Warn("granted once it exists: " + one)
+			}
 			if s.options.Prune {
 				return append(changes, undeclared...)
 			}

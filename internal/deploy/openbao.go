@@ -158,13 +158,38 @@ func (s *session) logInToOpenBao(ctx context.Context, client *openbao.Client, pu
 	if err != nil {
 		return err
 	}
-	s.temporary.hold("the operator's token in OpenBao", logged.RevokeSelf)
+	stop := s.renewing(logged)
+	s.temporary.hold("the operator's token in OpenBao", func(ctx context.Context) error {
+		stop()
+		return logged.RevokeSelf(ctx)
+	})
 	s.bao = logged
 	if purpose != purposeDeploy {
 		return nil
 	}
 	_, err = logged.Sweep(ctx, openbao.SweepOptions{Purpose: purposeDeploy})
 	return err
+}
+
+// renewInterval is well below the ten minutes that a token lives unless renewed.
+const renewInterval = 4 * time.Minute
+
+// renewing keeps a token good for as long as the run takes.
+func (s *session) renewing(client *openbao.Client) (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	go func() {
+		ticker := time.NewTicker(renewInterval)
+		defer ticker.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-ticker.C:
+				_, _ = client.Renew(ctx) // what needs the token next says that it ended
+			}
+		}
+	}()
+	return cancel
 }
 
 // observeOpenBao looks as deep as it can: a sealed OpenBao says nothing of its mounts.
@@ -221,10 +246,15 @@ func (s *session) purpose() string {
 func (s *session) awaitUnsealed(ctx context.Context, client *openbao.Client) error {
 	err := retry.Until(ctx, "site-host to unseal OpenBao", min(openBaoLimit, s.left()), func(ctx context.Context) error {
 		health, err := client.Health(ctx)
-		if err == nil && health.Sealed {
-			err = errors.New("it is sealed")
+		switch {
+		case err != nil:
+			return err
+		case health.Sealed:
+			return errors.New("it is sealed")
+		case !health.Active:
+			return errors.New("it is not active yet")
 		}
-		return err
+		return nil
 	})
 	return plan.WithHint(err, "run `site bootstrap-deploy` with the site root token, which holds the unseal key; see `journalctl -u site-host` on %s", s.openBaoHost().Name)
 }

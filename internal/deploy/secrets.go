@@ -202,28 +202,37 @@ func (s *session) awaitProduced(ctx context.Context, components []site.Component
 	if len(produced) == 0 {
 		return nil
 	}
-	var missing []string
+	start := time.Now()
+	var missing []catalogue.AwaitedSecret
 	err := retry.Until(ctx, "produced secrets", s.left(), func(ctx context.Context) error {
 		states, err := s.bao.ObserveEntries(ctx, produced)
 		if err != nil {
+			if ctx.Err() == nil {
+				missing = nil // what it is waiting for then is an answer
+			}
 			return err
 		}
 		was := len(missing)
 		missing = missing[:0]
 		for _, one := range produced {
-			if state := states[one.FullName()]; !state.Exists || state.Deleted {
-				missing = append(missing, one.FullName())
+			if !states[one.FullName()].HasValue() {
+				missing = append(missing, catalogue.AwaitedSecret{Name: one.FullName(), Producer: one.ProducedBy.Component})
 			}
 		}
 		if len(missing) == 0 {
 			return nil
 		}
+		late := &catalogue.AwaitedError{Awaited: missing, After: time.Since(start)}
 		if len(missing) != was {
-			progress.Message("waiting for %s", strings.Join(missing, ", "))
+			progress.Message("waiting for %s", late.Names())
 		}
-		return fmt.Errorf("not written yet: %s", strings.Join(missing, ", "))
+		return late
 	})
-	return plan.WithHint(err, "the job that produces it is healthy and did not write it: see `site logs`")
+	// Whether this wait or the run ran out of time first, what it was for is the same.
+	if err != nil && len(missing) > 0 && (ctx.Err() == nil || errors.Is(context.Cause(ctx), context.DeadlineExceeded)) {
+		return &catalogue.AwaitedError{Awaited: missing, After: time.Since(start)}
+	}
+	return err
 }
 
 // askForSecrets ends a run that left something out for want of a secret: all

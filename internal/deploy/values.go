@@ -136,6 +136,8 @@ type NewValue struct {
 	Value secret.Value
 	// Expires is when the value stops to work; zero for never.
 	Expires time.Time
+	// Problem is why there is no value: it is reported with all else that is wrong.
+	Problem error
 }
 
 // Stored is what became of a NewValue.
@@ -170,7 +172,9 @@ func StoreSecrets(ctx context.Context, options Options, values []NewValue, stori
 		stored = make([]Stored, len(values))
 		for i := range values {
 			stored[i].Name = values[i].Name
-			if one := s.site.Secret(values[i].Name); one != nil {
+			if values[i].Problem != nil {
+				problems = append(problems, values[i].Problem)
+			} else if one := s.site.Secret(values[i].Name); one != nil {
 				problems = append(problems, normalise(*one, &values[i], &stored[i]))
 			}
 		}

@@ -92,7 +92,7 @@ func TestFaultsOfTheCatalogue(t *testing.T) {
 		{"secret without a source", secret(""), component + "10,1: Secret without a source; Secret \"shop.x\" must have one of the blocks generated, external, produced_by"},
 		{"secret with two sources", secret("generated {}\nexternal {}"), component + "10,1: Secret with several sources; Secret \"shop.x\" has generated and external; exactly one is allowed"},
 		{"the same source twice", secret("generated {}\ngenerated {}"), component + "12,1: Duplicate generated block"},
-		{"unknown field of a secret", secret("generated {\n lenght = 32\n}"), component + "12,2: Unsupported argument; An argument named \"lenght\" is not expected here. Did you mean \"length\"?"},
+		{"unknown field of a secret", secret("generated {\n lengthh = 32\n}"), component + "12,2: Unsupported argument; An argument named \"lengthh\" is not expected here. Did you mean \"length\"?"},
 		{"generated too short", secret("generated {\n length = 15\n}"), component + "12,11: Invalid length; 15 random bytes are not between 16 and 1024"},
 		{"generated too long", secret("generated {\n length = 1025\n}"), component + "12,11: Invalid length"},
 		{"generated in an encoding that is none", secret("generated {\n encoding = \"rot13\"\n}"), component + "12,13: Invalid encoding; \"rot13\" is none of base64url, base64, hex"},

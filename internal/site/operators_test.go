@@ -1,10 +1,8 @@
-package site_test
+package site
 
 import (
 	"strings"
 	"testing"
-
-	"github.com/nomad-site/site/internal/site"
 )
 
 const twoOperators = `# The site of the shop.
@@ -26,7 +24,7 @@ site "shop" {
 
 func TestOperatorsAreAddedAndRemovedAndTheRestStays(t *testing.T) {
 	const key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJzvoyAmo8fLnoExV7PWx0b06MfONnqdLRjF79hhOCIM carol@laptop\n"
-	added, err := site.AddOperator([]byte(twoOperators), "carol", key)
+	added, err := AddOperator([]byte(twoOperators), "carol", key)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -38,7 +36,7 @@ func TestOperatorsAreAddedAndRemovedAndTheRestStays(t *testing.T) {
 	if strings.Contains(string(added), "carol@laptop") {
 		t.Error("the comment of the key came along")
 	}
-	removed, err := site.RemoveOperator(added, "alice")
+	removed, err := RemoveOperator(added, "alice")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -48,7 +46,7 @@ func TestOperatorsAreAddedAndRemovedAndTheRestStays(t *testing.T) {
 }
 
 func TestAnOperatorThatCannotBeAddedOrRemovedIsRefused(t *testing.T) {
-	lone, err := site.RemoveOperator([]byte(twoOperators), "alice")
+	lone, err := RemoveOperator([]byte(twoOperators), "alice")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -57,16 +55,16 @@ func TestAnOperatorThatCannotBeAddedOrRemovedIsRefused(t *testing.T) {
 		want string
 	}{
 		"one that is there already": {func() ([]byte, error) {
-			return site.AddOperator([]byte(twoOperators), "bob", "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJzvoyAmo8fLnoExV7PWx0b06MfONnqdLRjF79hhOCIM")
+			return AddOperator([]byte(twoOperators), "bob", "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJzvoyAmo8fLnoExV7PWx0b06MfONnqdLRjF79hhOCIM")
 		}, "operator bob is there already"},
-		"a name that is none": {func() ([]byte, error) { return site.AddOperator([]byte(twoOperators), "Bob Smith", "x") }, `"Bob Smith" is not an operator's name`},
+		"a name that is none": {func() ([]byte, error) { return AddOperator([]byte(twoOperators), "Bob Smith", "x") }, `"Bob Smith" is not an operator's name`},
 		"a private key": {func() ([]byte, error) {
-			return site.AddOperator([]byte(twoOperators), "carol", "-----BEGIN OPENSSH PRIVATE KEY-----")
+			return AddOperator([]byte(twoOperators), "carol", "-----BEGIN OPENSSH PRIVATE KEY-----")
 		}, "this is a private key"},
-		"an unknown one": {func() ([]byte, error) { return site.RemoveOperator([]byte(twoOperators), "carol") }, `there is no operator "carol"`},
-		"the last one":   {func() ([]byte, error) { return site.RemoveOperator(lone, "bob") }, "bob is the only operator"},
-		"no site at all": {func() ([]byte, error) { return site.RemoveOperator([]byte("other {}\n"), "bob") }, "has no site block"},
-		"a syntax error": {func() ([]byte, error) { return site.RemoveOperator([]byte("site {"), "bob") }, "site.hcl:1"},
+		"an unknown one": {func() ([]byte, error) { return RemoveOperator([]byte(twoOperators), "carol") }, `there is no operator "carol"`},
+		"the last one":   {func() ([]byte, error) { return RemoveOperator(lone, "bob") }, "bob is the only operator"},
+		"no site at all": {func() ([]byte, error) { return RemoveOperator([]byte("other {}\n"), "bob") }, "has no site block"},
+		"a syntax error": {func() ([]byte, error) { return RemoveOperator([]byte("site {"), "bob") }, "site.hcl:1"},
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {

@@ -261,14 +261,14 @@ func (f *fixture) program(answer string) (string, error) {
 	path := filepath.Join(f.temp, fmt.Sprintf("program-%d", len(f.programs)))
 	arguments := []string{"build", "-C", root, "-trimpath", "-buildvcs=false", "-ldflags=-s -w", "-o", path}
 	if answer != "" {
-		source := filepath.Join(root, "jobs/hello/app/main.go")
+		source := filepath.Join(root, "test/e2e/testdata/hello/app/main.go")
 		content, err := os.ReadFile(source)
 		if err != nil {
 			return "", err
 		}
 		changed := bytes.Replace(content, []byte(`Fprintln(w, "ok")`), []byte(`Fprintln(w, "`+answer+`")`), 1)
 		if bytes.Equal(changed, content) {
-			return "", errors.New("jobs/hello/app has no line to change")
+			return "", errors.New("the application has no line to change")
 		}
 		overlay := path + ".json"
 		if err := errors.Join(
@@ -279,7 +279,7 @@ func (f *fixture) program(answer string) (string, error) {
 		}
 		arguments = append(arguments, "-overlay", overlay)
 	}
-	build := exec.Command("go", append(arguments, "./jobs/hello/app")...)
+	build := exec.Command("go", append(arguments, "./test/e2e/testdata/hello/app")...)
 	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
 	if output, err := build.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build the application: %w: %s", err, output)

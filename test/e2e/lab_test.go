@@ -222,7 +222,7 @@ func (s *sharedLab) snapshotName(kind string) (string, error) {
 		return "", err
 	}
 	sum := sha256.Sum256(content)
-	return kind + "-" + hex.EncodeToString(sum[:6]), nil
+	return kind + "-" + hex.EncodeToString(sum[:5]), nil
 }
 
 // beBare makes the hosts bare.

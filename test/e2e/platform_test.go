@@ -124,7 +124,7 @@ func (s *testSite) dialHost(signer ssh.Signer) *ssh.Client {
 	s.t.Helper()
 	connection, err := ssh.Dial("tcp", net.JoinHostPort(s.host.address, "22"), &ssh.ClientConfig{
 		User: "root", Auth: []ssh.AuthMethod{ssh.PublicKeys(signer)}, Timeout: 10 * time.Second,
-		HostKeyCallback: ssh.InsecureIgnoreHostKey(), //nolint:gosec // a lab of this test's own
+		HostKeyCallback: ssh.InsecureIgnoreHostKey(),
 	})
 	if err != nil {
 		s.t.Fatal(err)

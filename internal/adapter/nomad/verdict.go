@@ -366,6 +366,11 @@ func mayStillAppear(metric *api.AllocationMetric) bool {
 	if metric.NodesEvaluated == 0 {
 		return true
 	}
+	// Nomad says this of every placement on a host where a job with a static
+	// port is just being replaced; a port that is really taken is "reserved".
+	if metric.DimensionExhausted["network: port collision"] > 0 {
+		return true
+	}
 	for constraint := range metric.ConstraintFiltered {
 		lower := strings.ToLower(constraint)
 		if strings.Contains(lower, "attr.vault") || strings.Contains(lower, "attr.consul") ||

@@ -185,8 +185,14 @@ func TestOperatorsLogInWithAnyKindOfKey(t *testing.T) {
 		if metadata["operator"] != test.operator || metadata["purpose"] != "deploy" || number(data, "creation_ttl") != 600 {
 			t.Errorf("%s: token has metadata %v and a life of %d s", test.kind, metadata, number(data, "creation_ttl"))
 		}
+		if expiry, err := client.Renew(t.Context()); err != nil || time.Until(expiry) < 9*time.Minute || time.Until(expiry) > 11*time.Minute {
+			t.Errorf("%s: renewed until %s, %v", test.kind, expiry, err)
+		}
 		if err := client.RevokeSelf(t.Context()); err != nil {
 			t.Errorf("%s: %v", test.kind, err)
+		}
+		if _, err := client.Renew(t.Context()); statusOf(err) != 403 {
+			t.Errorf("%s: renewing a dead token: %v", test.kind, err)
 		}
 	}
 }

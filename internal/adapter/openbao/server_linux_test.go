@@ -73,7 +73,7 @@ var testKeys = sync.OnceValues(func() (keys, error) {
 	return made, errors.Join(errs[:]...)
 })
 
-func signers(t *testing.T) keys {
+func signers(t testing.TB) keys {
 	t.Helper()
 	made, err := testKeys()
 	if err != nil {
@@ -97,13 +97,13 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-func sharedServer(t *testing.T) *server {
+func sharedServer(t testing.TB) *server {
 	t.Helper()
 	binary := engineBinary(t)
 	made := signers(t)
 	shared.once.Do(func() {
 		// Not t.Context: the server outlives the first test.
-		shared.server, shared.err = startServer(context.Background(), binary, made)
+		shared.server, shared.err = startServer(context.Background(), binary, made, testSite())
 		if shared.err == nil {
 			shared.err = shared.server.bootstrap(context.Background())
 		}
@@ -115,9 +115,14 @@ func sharedServer(t *testing.T) *server {
 }
 
 // ownServer is one that the test may wreck. It is not initialised yet.
-func ownServer(t *testing.T) *server {
+func ownServer(t testing.TB) *server {
 	t.Helper()
-	started, err := startServer(t.Context(), engineBinary(t), signers(t))
+	return ownServerOf(t, testSite())
+}
+
+func ownServerOf(t testing.TB, wanted *site.Site) *server {
+	t.Helper()
+	started, err := startServer(t.Context(), engineBinary(t), signers(t), wanted)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -125,7 +130,7 @@ func ownServer(t *testing.T) *server {
 	return started
 }
 
-func engineBinary(t *testing.T) string {
+func engineBinary(t testing.TB) string {
 	t.Helper()
 	pinned := testneeds.Tool(t, "secrets-server") // leaves out unit tests too
 	if other := os.Getenv(engineVariable); other != "" {
@@ -134,7 +139,7 @@ func engineBinary(t *testing.T) string {
 	return pinned
 }
 
-func startServer(ctx context.Context, binary string, made keys) (*server, error) {
+func startServer(ctx context.Context, binary string, made keys, wanted *site.Site) (*server, error) {
 	folder, err := os.MkdirTemp("", "site-openbao-")
 	if err != nil {
 		return nil, err
@@ -190,7 +195,7 @@ audit "file" "file" {
 	if err := s.command.Start(); err != nil {
 		return nil, err
 	}
-	s.want = s.desired(testSite(), made)
+	s.want = s.desired(wanted, made)
 	client, err := New(Options{Address: s.address})
 	if err != nil {
 		return nil, err
@@ -281,7 +286,7 @@ func testSite() *site.Site {
 	}}
 }
 
-func (s *server) client(t *testing.T, token secret.Value) *Client {
+func (s *server) client(t testing.TB, token secret.Value) *Client {
 	t.Helper()
 	client, err := New(Options{Address: s.address, Token: token})
 	if err != nil {
@@ -292,7 +297,7 @@ func (s *server) client(t *testing.T, token secret.Value) *Client {
 }
 
 // operator logs in as ada does.
-func (s *server) operator(t *testing.T, purpose string) *Client {
+func (s *server) operator(t testing.TB, purpose string) *Client {
 	t.Helper()
 	token, err := s.login(t, signers(t).ed25519, "ada", purpose)
 	if err != nil {
@@ -301,7 +306,7 @@ func (s *server) operator(t *testing.T, purpose string) *Client {
 	return s.client(t, token)
 }
 
-func (s *server) login(t *testing.T, key crypto.Signer, operator, purpose string) (secret.Value, error) {
+func (s *server) login(t testing.TB, key crypto.Signer, operator, purpose string) (secret.Value, error) {
 	t.Helper()
 	jwt := sign(t, key, map[string]any{
 		"iss": reconcile.OperatorIssuer, "aud": []string{reconcile.Audience}, "sub": operator,
@@ -312,7 +317,7 @@ func (s *server) login(t *testing.T, key crypto.Signer, operator, purpose string
 }
 
 // job logs in as a task of the job does.
-func (s *server) job(t *testing.T, job string) *Client {
+func (s *server) job(t testing.TB, job string) *Client {
 	t.Helper()
 	token, err := s.jobLogin(t, job, job)
 	if err != nil {
@@ -321,7 +326,7 @@ func (s *server) job(t *testing.T, job string) *Client {
 	return s.client(t, token)
 }
 
-func (s *server) jobLogin(t *testing.T, job, role string) (secret.Value, error) {
+func (s *server) jobLogin(t testing.TB, job, role string) (secret.Value, error) {
 	t.Helper()
 	jwt := sign(t, signers(t).workload, map[string]any{
 		"aud": reconcile.JobAudience, "sub": "global:default:" + job, "nomad_job_id": job,
@@ -332,7 +337,7 @@ func (s *server) jobLogin(t *testing.T, job, role string) (secret.Value, error) 
 }
 
 // diff looks at the engine and says what is left to do.
-func (s *server) diff(t *testing.T, client *Client) (reconcile.EngineState, []string) {
+func (s *server) diff(t testing.TB, client *Client) (reconcile.EngineState, []string) {
 	t.Helper()
 	have, err := client.ObserveEngine(t.Context(), s.want)
 	if err != nil {
@@ -346,7 +351,7 @@ func (s *server) diff(t *testing.T, client *Client) (reconcile.EngineState, []st
 }
 
 // requests are those in the audit log since the offset.
-func (s *server) requests(t *testing.T, offset int64) (found []string, end int64) {
+func (s *server) requests(t testing.TB, offset int64) (found []string, end int64) {
 	t.Helper()
 	log, err := os.Open(s.audit)
 	if err != nil {
@@ -378,7 +383,7 @@ func (s *server) requests(t *testing.T, offset int64) (found []string, end int64
 
 // mutations are the requests since the offset that wrote anything; logins,
 // look-ups and a token's own end do not count.
-func (s *server) mutations(t *testing.T, offset int64) (found []string, end int64) {
+func (s *server) mutations(t testing.TB, offset int64) (found []string, end int64) {
 	t.Helper()
 	all, end := s.requests(t, offset)
 	for _, request := range all {
@@ -394,7 +399,7 @@ func (s *server) mutations(t *testing.T, offset int64) (found []string, end int6
 }
 
 // sign makes a JWT of any kind of key that operators have.
-func sign(t *testing.T, key crypto.Signer, claims map[string]any) secret.Value {
+func sign(t testing.TB, key crypto.Signer, claims map[string]any) secret.Value {
 	t.Helper()
 	now := time.Now()
 	claims["iat"], claims["nbf"], claims["exp"] = now.Unix(), now.Unix(), now.Add(5*time.Minute).Unix()

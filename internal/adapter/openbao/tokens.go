@@ -78,6 +78,20 @@ func (c *Client) RevokeSelf(ctx context.Context) error {
 	return err
 }
 
+// Renew makes the client's own token live as long as a new one, up to the
+// longest life that its role allows, and says until when.
+func (c *Client) Renew(ctx context.Context) (expiry time.Time, err error) {
+	asked := time.Now()
+	answer, err := c.write(ctx, "auth/token/renew-self", nil)
+	if err != nil {
+		return time.Time{}, err
+	}
+	if answer == nil || answer.Auth == nil {
+		return time.Time{}, errors.New("renew the token: the secrets engine answered without one")
+	}
+	return asked.Add(time.Duration(answer.Auth.LeaseDuration) * time.Second), nil
+}
+
 // Revoked reports whether the client's token is dead.
 func (c *Client) Revoked(ctx context.Context) (bool, error) {
 	_, err := c.read(ctx, "auth/token/lookup-self")

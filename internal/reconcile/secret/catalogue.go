@@ -156,23 +156,11 @@ func Undeclared(entries []site.Secret, have map[string]EntryState) []string {
 // nobody needs belongs to its own component.
 func Readers(s *site.Site) map[string][]string {
 	readers := map[string][]string{}
-	for _, component := range s.Components {
-		for _, read := range component.Reads {
-			readers[read.Secret] = append(readers[read.Secret], component.Name)
-		}
-		for _, role := range component.Roles {
-			if role.Password != "" {
-				readers[role.Password] = append(readers[role.Password], component.Name)
-			}
-		}
-	}
 	for _, entry := range s.Secrets() {
-		if name := entry.FullName(); len(readers[name]) == 0 {
+		name := entry.FullName()
+		if readers[name] = s.Consumers(name); len(readers[name]) == 0 {
 			readers[name] = []string{entry.Component}
 		}
-	}
-	for name, components := range readers {
-		readers[name] = sortedUnique(components)
 	}
 	return readers
 }

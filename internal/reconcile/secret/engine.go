@@ -175,16 +175,13 @@ func DesiredEngine(s *site.Site, operators []Operator, hostKeysPEM []string) Eng
 }
 
 func (e *Engine) addJobs(s *site.Site) {
-	produced := map[string][]site.Secret{}
 	byName := map[string]site.Secret{}
 	for _, one := range s.Secrets() {
 		byName[one.FullName()] = one
-		if one.ProducedBy != nil && one.ProducedBy.Component != "" {
-			produced[one.ProducedBy.Component] = append(produced[one.ProducedBy.Component], one)
-		}
 	}
 	for _, component := range s.Components {
-		if len(component.Reads) == 0 && len(produced[component.Name]) == 0 {
+		produces := s.Produces(component.Name)
+		if len(component.Reads) == 0 && len(produces) == 0 {
 			continue
 		}
 		rules := rules{}
@@ -194,7 +191,7 @@ func (e *Engine) addJobs(s *site.Site) {
 				rules.allow(dataPath(one), "read")
 			}
 		}
-		for _, one := range produced[component.Name] {
+		for _, one := range produces {
 			rules.allow(dataPath(one), "create", "update")
 			rules.allow(metadataPath(one), "read")
 		}

@@ -2,7 +2,9 @@ package secret
 
 import (
 	"fmt"
+	"slices"
 	"strings"
+	"time"
 )
 
 // MissingError names every external secret that has no value, so that all of
@@ -62,6 +64,40 @@ func (e *LostError) Hint() string {
 	for i, one := range e.Lost {
 		hints[i] = fmt.Sprintf("put the value back with: site secrets set %s, or: %s; or let a new one be made with: --remake-secret=%s",
 			one.Name, importCommand(one.Name), one.Name)
+	}
+	return strings.Join(hints, "\n")
+}
+
+// AwaitedError names secrets that jobs were to write and did not in time.
+type AwaitedError struct {
+	Awaited []AwaitedSecret
+	After   time.Duration
+}
+
+func (e *AwaitedError) Error() string {
+	lines := make([]string, len(e.Awaited))
+	for i, one := range e.Awaited {
+		lines[i] = fmt.Sprintf("secret %s was not written within %s by job %s, which produces it", one.Name, e.After.Round(time.Second), one.Producer)
+	}
+	return strings.Join(lines, "\n")
+}
+
+// Names are those of the secrets, in one line.
+func (e *AwaitedError) Names() string {
+	names := make([]string, len(e.Awaited))
+	for i, one := range e.Awaited {
+		names[i] = one.Name
+	}
+	return strings.Join(names, ", ")
+}
+
+// Hint implements plan.Hinter.
+func (e *AwaitedError) Hint() string {
+	var hints []string
+	for _, one := range e.Awaited {
+		if hint := "the job is healthy and should have written the secret; see: site logs " + one.Producer; !slices.Contains(hints, hint) {
+			hints = append(hints, hint)
+		}
 	}
 	return strings.Join(hints, "\n")
 }

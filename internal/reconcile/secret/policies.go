@@ -41,6 +41,7 @@ func operatorPolicy() string {
 	all.allow("auth/token/lookup-accessor", "create", "update")
 	all.allow("auth/token/revoke-accessor", "create", "update")
 	all.allow("auth/token/lookup-self", "read")
+	all.allow("auth/token/renew-self", "create", "update")
 	all.allow("auth/token/revoke-self", "create", "update")
 	return all.text("What operators of the site may do; made by site, changes are undone.")
 }

@@ -16,6 +16,7 @@ import (
 
 	"github.com/nomad-site/site/internal/plan"
 	"github.com/nomad-site/site/internal/reconcile/host"
+	"github.com/nomad-site/site/internal/sitehost/dial"
 	"github.com/nomad-site/site/internal/sitehost/lease"
 )
 
@@ -89,7 +90,7 @@ func exitCode(ctx context.Context, err error) int {
 		return ExitLocked
 	case ctx.Err() != nil:
 		return ExitInterrupted
-	case errors.Is(err, errNotThere):
+	case errors.Is(err, errNotThere), errors.Is(err, dial.ErrNothingListens):
 		return ExitNotThere
 	}
 	return ExitError

@@ -2,8 +2,6 @@ package command
 
 import (
 	"context"
-	"errors"
-	"fmt"
 
 	"github.com/spf13/cobra"
 
@@ -16,13 +14,10 @@ func dialCommand(options Options) *cobra.Command {
 		Long: "Joins standard input and output with a connection. What is not up ends it with exit code 6.",
 	}
 	join := func(ctx context.Context, address dial.Address, err error) error {
-		if err == nil {
-			err = address.Join(ctx, options.Stdin, options.Stdout)
+		if err != nil {
+			return err
 		}
-		if errors.Is(err, dial.ErrNothingListens) {
-			return fmt.Errorf("%w: %w", errNotThere, err)
-		}
-		return err
+		return address.Join(ctx, options.Stdin, options.Stdout)
 	}
 	command.AddCommand(&cobra.Command{
 		Use: "unix PATH", Short: "A Unix socket, by its absolute path", Args: cobra.ExactArgs(1),

@@ -125,12 +125,11 @@ func pause(state State) time.Duration {
 // record logs changes alone: the state may stay for months.
 func (u *Unsealer) record(state State, err error) {
 	u.mutex.Lock()
-	changed := state != u.state
-	u.state = state
-	u.mutex.Unlock()
-	if !changed {
+	defer u.mutex.Unlock()
+	if state == u.state {
 		return
 	}
+	u.state = state
 	log := u.options.Log.With("server", u.options.Address, "state", string(state))
 	switch {
 	case state == BadKeyFile || state == Sealed:

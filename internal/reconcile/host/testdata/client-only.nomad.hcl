@@ -41,6 +41,8 @@ server {
 
 client {
   enabled = true
+  # A database gets the time to write its checkpoint.
+  max_kill_timeout = "2m"
   # The interface of the address above: a host need not have a default route.
   network_interface = "{{ GetAllInterfaces | include \"address\" \"^203[.]0[.]113[.]8(/[0-9]+)?$\" | attr \"name\" }}"
   servers = ["203.0.113.5", "203.0.113.6", "203.0.113.7"]

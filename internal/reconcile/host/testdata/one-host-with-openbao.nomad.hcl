@@ -52,9 +52,18 @@ server {
 
 client {
   enabled = true
+  # A database gets the time to write its checkpoint.
+  max_kill_timeout = "2m"
   # The interface of the address above: a host need not have a default route.
   network_interface = "{{ GetAllInterfaces | include \"address\" \"^203[.]0[.]113[.]5(/[0-9]+)?$\" | attr \"name\" }}"
   servers = ["203.0.113.5"]
+  # A task that runs keeps what it has while a secret cannot be read: after twelve
+  # attempts, some minutes, Nomad would kill it.
+  template {
+    vault_retry {
+      attempts = 0
+    }
+  }
 }
 
 # Tasks read secrets with their own identity; no token of ours is in between.
