@@ -20,9 +20,11 @@ func newOperators(env Environment, flags *globalFlags) *cobra.Command {
 		Use: "operators", Short: "List, add and remove those who may log in", Args: cobra.NoArgs,
 		Long: `Operators log in to Nomad and OpenBao with the SSH key they have. They are part of
 sites/NAME/site.hcl: add and remove edit that file in the work tree. Commit it
-and run site deploy: from then on a removed operator is refused, and what they
-were logged in with is revoked. Their key in the hosts' authorized_keys is
-yours to remove.
+and run site deploy: from then on a removed operator is refused, and their
+tokens in OpenBao are revoked. Nomad's ACLs are changed by site bootstrap-deploy
+alone, with the site root token: it lets who is new into Nomad, and revokes the
+tokens there that a removed operator still holds, which end by themselves within
+30 minutes. Their key in the hosts' authorized_keys is yours to remove.
 `,
 	}
 	command.AddCommand(newOperatorsList(env, flags), newOperatorsAdd(env, flags), newOperatorsRemove(env, flags))
@@ -100,7 +102,7 @@ func newOperatorsList(env Environment, flags *globalFlags) *cobra.Command {
 				rows = append(rows, row{operator.Name, keyType, fingerprint})
 			}
 			if flags.json {
-				return printJSON(env.Out, map[string]any{"site": tree.name, "operators": rows})
+				return printJSON(env.Out, map[string]any{"schema": "site.operators/v1", "site": tree.name, "operators": rows})
 			}
 			writer := tabwriter.NewWriter(env.Out, 0, 0, 3, ' ', 0)
 			_, _ = fmt.Fprintln(writer, "OPERATOR\tKEY\tFINGERPRINT")
@@ -168,6 +170,7 @@ func (w *workTreeSite) changed(env Environment, content []byte, what string) err
 	if err := w.replace(content); err != nil {
 		return err
 	}
-	_, err := fmt.Fprintf(env.Out, "%s: %s\nnow: git commit -m \"Operators\" sites/%s/site.hcl && site deploy --site=%s\n", w.path, what, w.name, w.name)
+	_, err := fmt.Fprintf(env.Out, "%s: %s\nnow: git commit -m \"Operators\" sites/%s/site.hcl && site deploy --site=%s\nNomad's part: site bootstrap-deploy --site=%s --root-token-file=FILE\n",
+		w.path, what, w.name, w.name, w.name)
 	return err
 }

@@ -199,7 +199,7 @@ func importedValues(command *cobra.Command, env Environment, args []string, file
 		process.Stdin, process.Stderr = env.In, env.Err // it may ask for a password
 		output, err := process.Output()
 		if err != nil {
-			return nil, fmt.Errorf("run %s: %w", rest[0], err)
+			return nil, plan.WithHint(fmt.Errorf("run %s: %w", rest[0], err), "run it by hand: it must print the value and end with 0")
 		}
 		return []deploy.NewValue{{Name: names[0], Value: secret.New(string(output))}}, nil
 	}

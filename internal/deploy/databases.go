@@ -2,6 +2,7 @@ package deploy
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"sync"
 	"time"
@@ -36,7 +37,7 @@ func (s *session) convergeDatabases() plan.Step {
 			if !s.hasPostgres() {
 				return role.Actual{}, nil
 			}
-			if err := s.dialPostgres(ctx, nil); err != nil {
+			if err := s.dialPostgres(ctx, observing{s.options.Reporter, "databases"}); err != nil {
 				return role.Actual{}, err
 			}
 			return s.databases.Observe(ctx, desired)
@@ -128,3 +129,21 @@ func (s *session) dialPostgres(ctx context.Context, progress plan.Progress) erro
 	s.databases = client
 	return nil
 }
+
+// observing is the progress of an observation that has to wait first.
+type observing struct {
+	reporter plan.Reporter
+	step     string
+}
+
+var _ plan.Progress = observing{}
+
+// Message implements plan.Progress.
+func (o observing) Message(format string, args ...any) {
+	o.reporter.Report(plan.Event{
+		Schema: plan.EventVersion, Time: time.Now().UTC(), Type: plan.StepProgress, Step: o.step, Message: fmt.Sprintf(format, args...),
+	})
+}
+
+// Bytes implements plan.Progress.
+func (observing) Bytes(string, int64, int64) {}

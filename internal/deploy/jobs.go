@@ -15,8 +15,10 @@ import (
 
 	"github.com/nomad-site/site/internal/adapter/builder"
 	"github.com/nomad-site/site/internal/adapter/nomad"
+	"github.com/nomad-site/site/internal/adapter/openbao"
 	"github.com/nomad-site/site/internal/plan"
 	"github.com/nomad-site/site/internal/reconcile/job"
+	"github.com/nomad-site/site/internal/secret"
 	"github.com/nomad-site/site/internal/site"
 )
 
@@ -273,5 +275,46 @@ func (s *session) rollOutOne(ctx context.Context, one *nomad.Prepared, have job.
 	for _, warning := range registered.Warnings {
 		s.options.Warn(fmt.Sprintf("job %s: %s", one.Desired.JobID, warning))
 	}
-	return s.nomad.Wait(ctx, one, registered, nomad.WaitOptions{Limit: s.left()}, progress)
+	return s.nomad.Wait(ctx, one, registered, nomad.WaitOptions{Limit: s.left(), Redact: s.redactor(ctx, one.Desired.Component)}, progress)
+}
+
+// redactor blacks the values of a component's secrets out of what its tasks say.
+// It reads them when there is something to look through, and not before.
+func (s *session) redactor(ctx context.Context, component string) func(string) string {
+	mask := sync.OnceValues(func() (func(string) string, error) {
+		// What is to be shown may be why ctx ended.
+		limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), releaseLimit)
+		defer cancel()
+		return s.maskOf(limited, component)
+	})
+	return func(line string) string {
+		masked, err := mask()
+		switch {
+		case err == nil:
+			return masked(line)
+		case strings.HasPrefix(line, string(nomad.Stdout)+": "), strings.HasPrefix(line, string(nomad.Stderr)+": "):
+			return "[not shown: the secrets of " + component + " could not be read, to black them out]"
+		}
+		return line // Nomad's own words
+	}
+}
+
+func (s *session) maskOf(ctx context.Context, component string) (func(string) string, error) {
+	var values []secret.Value
+	for _, one := range s.site.Secrets() {
+		if !slices.Contains(s.site.Consumers(one.FullName()), component) && !slices.ContainsFunc(s.site.Produces(component),
+			func(produced site.Secret) bool { return produced.FullName() == one.FullName() }) {
+			continue
+		}
+		if s.bao == nil {
+			return nil, errors.New("not logged in to OpenBao")
+		}
+		value, _, err := s.bao.Read(ctx, one)
+		var none *openbao.NoValueError
+		if err != nil && !errors.As(err, &none) {
+			return nil, err
+		}
+		values = append(values, value)
+	}
+	return secret.Mask(values...), nil
 }

@@ -40,6 +40,8 @@ type openBaoState struct {
 	health openbao.Health
 	// keyOnHost: the host has the unseal key that the init material holds.
 	keyOnHost bool
+	// refused is why no operator can log in to an OpenBao that is ready.
+	refused error
 	// engine is known once an operator can log in.
 	engine *catalogue.EngineState
 }
@@ -98,6 +100,9 @@ func (s *session) desiredEngine(ctx context.Context) (catalogue.Engine, error) {
 func (s *session) hostKeys(ctx context.Context) ([]string, error) {
 	verb := "ensure"
 	if s.options.DryRun {
+		if s.nomad == nil { // the host may not even have site-host
+			return nil, &plan.UnknownError{Until: platformStep}
+		}
 		verb = "show"
 	}
 	var keys []string
@@ -224,7 +229,13 @@ func (s *session) observeOpenBao(ctx context.Context, desired catalogue.Engine) 
 		actual.health.Sealed = false
 	}
 	if s.bao == nil {
-		if err := s.logInToOpenBao(ctx, client, s.purpose()); err != nil {
+		err := s.logInToOpenBao(ctx, client, s.purpose())
+		var refused *openbao.LoginError
+		if s.material != nil && errors.As(err, &refused) {
+			actual.refused = err // the unseal key opens a way back
+			return actual, nil
+		}
+		if err != nil {
 			return actual, err
 		}
 	}
@@ -295,6 +306,9 @@ func (s *session) diffOpenBao(desired catalogue.Engine, actual openBaoState) []p
 	if actual.health.Sealed {
 		changes = append(changes, plan.Change{Action: plan.Start, Kind: "secrets engine", Host: name, Target: site.OpenBaoComponent, Reason: "sealed"})
 	}
+	if actual.refused != nil {
+		return append(changes, plan.Change{Action: plan.Update, Kind: "auth method", Target: operatorsMount, Reason: "it lets no operator in"})
+	}
 	if actual.engine == nil {
 		return changes
 	}
@@ -330,6 +344,9 @@ func (s *session) applyOpenBao(ctx context.Context, desired catalogue.Engine, ac
 		if err := client.Unseal(ctx, s.material.OpenBaoUnsealKey); err != nil {
 			return err
 		}
+	}
+	if actual.refused != nil {
+		return s.readmitOperators(ctx, desired, progress)
 	}
 	if actual.engine == nil {
 		seen, err := s.observeOpenBao(ctx, desired)
@@ -422,6 +439,39 @@ func (s *session) revokeRoot(ctx context.Context, root *openbao.Client, unsealKe
 	return nil
 }
 
+// readmitOperators mends an OpenBao that lets no operator in, as after its login
+// method was changed by hand: with a root token made from the unseal key.
+func (s *session) readmitOperators(ctx context.Context, desired catalogue.Engine, progress plan.Progress) error {
+	client, _, err := s.dialOpenBao(ctx)
+	if err != nil {
+		return err
+	}
+	progress.Message("making a root token from the unseal key")
+	token, err := client.GenerateRoot(ctx, s.material.OpenBaoUnsealKey)
+	if err != nil {
+		return err
+	}
+	root, err := client.WithToken(token)
+	if err != nil {
+		return err
+	}
+	held := s.temporary.hold("a root token of OpenBao", func(ctx context.Context) error {
+		return s.revokeRoot(ctx, root, s.material.OpenBaoUnsealKey)
+	})
+	state, err := root.ObserveEngine(ctx, desired)
+	if err != nil {
+		return err
+	}
+	if err := root.ApplyEngine(ctx, desired, state, catalogue.DiffEngine(desired, state), progress); err != nil {
+		return err
+	}
+	if err := s.logInToOpenBao(ctx, client, purposeDeploy); err != nil {
+		return err
+	}
+	progress.Message("revoking the root token")
+	return held.let(ctx)
+}
+
 // openBaoIsReady ends an initialisation, from when on OpenBao's data is never wiped.
 func (s *session) openBaoIsReady(ctx context.Context, progress plan.Progress) error {
 	if err := s.openBaoHost().siteHost(ctx, nil, nil, "openbao", "mark"); err != nil {
@@ -496,6 +546,17 @@ func (s *session) wipeOpenBao(ctx context.Context, progress plan.Progress) error
 	prepared := s.jobs[site.OpenBaoComponent]
 	if prepared == nil {
 		return fmt.Errorf("component %s is not part of this run", site.OpenBaoComponent)
+	}
+	// Asked before OpenBao is stopped: the host refuses to wipe what was ever finished.
+	var storage struct {
+		Ready bool `json:"ready"`
+	}
+	if err := s.openBaoHost().siteHost(ctx, nil, &storage, "openbao", "status"); err != nil {
+		return err
+	}
+	if storage.Ready {
+		return plan.WithHint(fmt.Errorf("OpenBao on %s holds a site's secrets, and %s is from before they were there", s.openBaoHost().Name, s.initPath()),
+			"nothing was wiped; take the newest %s out of git, such as with `git log -- %s`", s.initPath(), s.initPath())
 	}
 	progress.Message("wiping what was never finished")
 	if err := s.nomad.Stop(ctx, prepared.Desired.JobID); err != nil {

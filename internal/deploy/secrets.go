@@ -130,6 +130,10 @@ func inUse(secrets []site.Secret, latest *release.Record) map[string][]string {
 // blockOn keeps the components back that need a secret which nobody gave, and
 // those that wait for them.
 func (s *session) blockOn(findings catalogue.Findings) {
+	// A run of some components asks for what they need.
+	findings.Missing = slices.DeleteFunc(slices.Clone(findings.Missing), func(one catalogue.MissingSecret) bool {
+		return !slices.ContainsFunc(one.Components, s.active)
+	})
 	s.missingSecrets = findings.MissingError()
 	s.blocked = map[string]string{}
 	for _, missing := range findings.Missing {
@@ -182,6 +186,10 @@ const producerLimit = time.Minute
 // without the newline at the end.
 func (s *session) runProducer(ctx context.Context, one site.Secret) (secret.Value, error) {
 	output, err := program.Run(ctx, program.Command{Dir: s.tree, Args: one.ProducedBy.Command, Limit: producerLimit})
+	var exit *program.ExitError
+	if errors.As(err, &exit) {
+		err = plan.WithHint(err, "nothing was stored; try `%s` in the root of the repository, then deploy again", strings.Join(one.ProducedBy.Command, " "))
+	}
 	if err != nil {
 		return secret.Value{}, err
 	}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"os"
 	"os/exec"
@@ -134,10 +135,13 @@ func (s *testSite) keepBootstrapped() {
 
 // kind tells the snapshots apart.
 func (s *testSite) kind() string {
-	if s.platform {
-		return "platform"
+	if !s.platform {
+		return "plain"
 	}
-	return "plain"
+	if _, _, digest := s.secretsEngine(); digest != "" {
+		return "platform-" + digest[:12]
+	}
+	return "platform"
 }
 
 // in is the same site for a subtest, which then ends alone where it fails.
@@ -164,6 +168,11 @@ func (s *testSite) makeRepository() {
 		hello = filepath.Join(root, "jobs", "hello")
 		files["go.mod"] = strings.Replace(s.read(filepath.Join(root, "go.mod")), "module github.com/nomad-site/site", "module example.net/adopter", 1)
 		files["go.sum"] = s.read(filepath.Join(root, "go.sum"))
+		own, executable, _ := s.secretsEngine()
+		maps.Copy(files, own)
+		if executable != "" {
+			s.write(filepath.Join(s.dir, enginePath), s.read(executable))
+		}
 	}
 	for _, pattern := range []string{"*.hcl", "app/*.go"} {
 		sources, err := filepath.Glob(filepath.Join(hello, pattern))

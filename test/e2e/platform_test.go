@@ -3,6 +3,8 @@ package e2e
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -19,7 +21,40 @@ import (
 
 	"github.com/nomad-site/site/internal/adapter/nomad"
 	"github.com/nomad-site/site/internal/seal"
+	"github.com/nomad-site/site/internal/site"
 )
+
+// engineVariable names an executable that takes the place of the pinned secrets
+// server on platform sites, such as a real bao.
+const engineVariable = "SITE_LAB_SECRETS_ENGINE"
+
+// secretsEngine gives what a repository needs for the executable that
+// engineVariable names: a jobs/openbao of its own, and what it is called there.
+// All is empty where the variable is not set.
+func (s *testSite) secretsEngine() (files map[string]string, executable, digest string) {
+	s.t.Helper()
+	path := os.Getenv(engineVariable)
+	if path == "" {
+		return nil, "", ""
+	}
+	if !filepath.IsAbs(path) {
+		s.t.Fatalf("%s=%s is not an absolute path", engineVariable, path)
+	}
+	sum := sha256.Sum256([]byte(s.read(path)))
+	digest = hex.EncodeToString(sum[:])
+	component := s.read(filepath.Join(projectRoot(s.t), "jobs", site.OpenBaoComponent, "component.hcl"))
+	_, block, _ := strings.Cut(component, "\nartifact ")
+	block, rest, found := strings.Cut(block, "\n}\n")
+	if !found || !strings.Contains(block, `user       = "8200:8200"`) {
+		s.t.Fatalf("the openbao component has another artifact than this test knows: %s", block)
+	}
+	artifact := fmt.Sprintf("artifact %q {\n  path       = %q\n  sha256     = %q\n  executable = %q\n  user       = \"8200:8200\"\n}\n",
+		site.OpenBaoComponent, enginePath, digest, filepath.Base(enginePath))
+	return map[string]string{filepath.Join("jobs", site.OpenBaoComponent, "component.hcl"): artifact + rest}, path, digest
+}
+
+// enginePath is where a repository has that executable: not in git, like any build output.
+const enginePath = ".lab/bao"
 
 // answer is what the application of a platform site says of itself.
 type answer struct {

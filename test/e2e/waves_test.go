@@ -137,7 +137,7 @@ func producedBy(secret, component string) string {
 // broker writes the secret reader.join_token some time after it was started.
 func broker(mode, value string) holder {
 	return holder{Name: "broker", Mode: mode, Env: fmt.Sprintf(
-		"DELAY = \"5s\"\nSECRET = \"site/data/reader/join_token\"\nVALUE = %q\nSTAY = \"yes\"", value)}
+		"DELAY = \"5s\"\nSECRET = \"site/data/reader/join_token\"\nVALUE = %q", value)}
 }
 
 // reader shows what it reads of its own secrets.

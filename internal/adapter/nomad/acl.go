@@ -353,7 +353,7 @@ func (e *LoginError) Unwrap() error { return e.Err }
 
 // Hint implements plan.Hinter.
 func (e *LoginError) Hint() string {
-	return "check that site.hcl names you as operator with this SSH key, that the site was deployed since, and that this machine's clock is right"
+	return "check that site.hcl names you as operator with this SSH key, that who has the site root token ran `site bootstrap-deploy` since, and that this machine's clock is right"
 }
 
 // Login changes an operator's signed token (see SignJWT) into a short Nomad token.

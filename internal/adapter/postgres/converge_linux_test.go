@@ -48,7 +48,7 @@ REVOKE EXECUTE ON FUNCTION total(int) FROM PUBLIC;
 GRANT SELECT (id) ON orders TO shop;
 RESET ROLE;`
 
-func (s *server) diff(t *testing.T, want role.Desired) (role.Actual, []plan.Change) {
+func (s *server) diff(t testing.TB, want role.Desired) (role.Actual, []plan.Change) {
 	t.Helper()
 	have, err := s.Observe(t.Context(), want)
 	if err != nil {
@@ -57,7 +57,7 @@ func (s *server) diff(t *testing.T, want role.Desired) (role.Actual, []plan.Chan
 	return have, role.Diff(want, have)
 }
 
-func (s *server) apply(t *testing.T, want role.Desired, have role.Actual, changes []plan.Change) {
+func (s *server) apply(t testing.TB, want role.Desired, have role.Actual, changes []plan.Change) {
 	t.Helper()
 	if err := s.Apply(t.Context(), want, have, changes, quietProgress{}); err != nil {
 		t.Fatal(err)
@@ -65,7 +65,7 @@ func (s *server) apply(t *testing.T, want role.Desired, have role.Actual, change
 }
 
 // converge makes it as wanted, and proves that it is.
-func (s *server) converge(t *testing.T, want role.Desired) {
+func (s *server) converge(t testing.TB, want role.Desired) {
 	t.Helper()
 	have, changes := s.diff(t, want)
 	s.apply(t, want, have, changes)
@@ -76,7 +76,7 @@ func (s *server) converge(t *testing.T, want role.Desired) {
 
 // catalog is everything that a reconcile may touch. With versions it shows rows
 // that were rewritten too, and the verifiers.
-func (s *server) catalog(t *testing.T, versions bool) string {
+func (s *server) catalog(t testing.TB, versions bool) string {
 	t.Helper()
 	version, password := "''", "rolpassword IS NULL"
 	if versions {

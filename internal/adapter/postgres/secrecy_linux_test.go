@@ -74,16 +74,7 @@ func TestNoPasswordAndNoVerifierReachesTheLogOfATalkativeServer(t *testing.T) {
 func TestAHundredRolesAreObservedInFewRoundTrips(t *testing.T) {
 	t.Parallel()
 	s := start(t)
-	want := role.Desired{
-		Databases: []site.Database{{Name: "shop", Owner: "role00", ConnectionLimit: -1}},
-		Passwords: map[string]secret.Value{},
-	}
-	for i := range 100 {
-		name := fmt.Sprintf("role%02d", i)
-		want.Roles = append(want.Roles, site.Role{Name: name, Login: true, ConnectionLimit: 5, Password: "shop." + name})
-		want.Passwords[name] = secret.New("password-of-" + name)
-		want.Grants = append(want.Grants, site.Grant{Role: name, Database: "shop", Object: site.OnDatabase, Privileges: []string{"CONNECT"}})
-	}
+	want := manyRoles(100)
 	counted := &counter{}
 	client := New(Options{Socket: s.socket(), Dial: counted.dial})
 	have, err := client.Observe(t.Context(), want)
@@ -108,6 +99,21 @@ func TestAHundredRolesAreObservedInFewRoundTrips(t *testing.T) {
 	if left := role.Diff(want, have); len(left) > 0 {
 		t.Errorf("left: %v", left)
 	}
+}
+
+// manyRoles are roles of one database, each with a password.
+func manyRoles(count int) role.Desired {
+	want := role.Desired{
+		Databases: []site.Database{{Name: "shop", Owner: "role00", ConnectionLimit: -1}},
+		Passwords: map[string]secret.Value{},
+	}
+	for i := range count {
+		name := fmt.Sprintf("role%02d", i)
+		want.Roles = append(want.Roles, site.Role{Name: name, Login: true, ConnectionLimit: 5, Password: "shop." + name})
+		want.Passwords[name] = secret.New("password-of-" + name)
+		want.Grants = append(want.Grants, site.Grant{Role: name, Database: "shop", Object: site.OnDatabase, Privileges: []string{"CONNECT"}})
+	}
+	return want
 }
 
 // counter counts connections, and reads that wait for an answer to a write.

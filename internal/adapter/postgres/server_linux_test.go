@@ -48,7 +48,7 @@ func (quietProgress) Message(string, ...any)     {}
 func (quietProgress) Bytes(string, int64, int64) {}
 
 // newServer makes a cluster and does not start it.
-func newServer(t *testing.T) *server {
+func newServer(t testing.TB) *server {
 	t.Helper()
 	testneeds.Root(t)
 	programs := filepath.Dir(testneeds.Program(t, installed()))
@@ -75,7 +75,7 @@ func newServer(t *testing.T) *server {
 }
 
 // start starts it and waits for it.
-func start(t *testing.T, settings ...string) *server {
+func start(t testing.TB, settings ...string) *server {
 	t.Helper()
 	s := newServer(t)
 	s.run(t, settings...)
@@ -85,7 +85,7 @@ func start(t *testing.T, settings ...string) *server {
 	return s
 }
 
-func (s *server) run(t *testing.T, settings ...string) {
+func (s *server) run(t testing.TB, settings ...string) {
 	t.Helper()
 	log, err := os.OpenFile(s.folder+"/log", os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
@@ -116,7 +116,7 @@ func (s *server) run(t *testing.T, settings ...string) {
 func (s *server) socket() string  { return fmt.Sprintf("%s/.s.PGSQL.%d", s.folder, s.port) }
 func (s *server) address() string { return fmt.Sprintf("127.0.0.1:%d", s.port) }
 
-func (s *server) log(t *testing.T) string {
+func (s *server) log(t testing.TB) string {
 	t.Helper()
 	content, err := os.ReadFile(s.folder + "/log")
 	if err != nil {
@@ -125,7 +125,7 @@ func (s *server) log(t *testing.T) string {
 	return string(content)
 }
 
-func (s *server) write(t *testing.T, name, content string) {
+func (s *server) write(t testing.TB, name, content string) {
 	t.Helper()
 	path := filepath.Join(s.folder, name)
 	if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
@@ -134,7 +134,7 @@ func (s *server) write(t *testing.T, name, content string) {
 }
 
 // sql runs statements by hand, and gives the rows of the last, a line each.
-func (s *server) sql(t *testing.T, database, statements string) string {
+func (s *server) sql(t testing.TB, database, statements string) string {
 	t.Helper()
 	connection, err := s.connect(t.Context(), database)
 	if err != nil {
@@ -190,7 +190,7 @@ func asNobody(command *exec.Cmd) {
 }
 
 // openFolder is one that others may enter, with a path short enough for sockets.
-func openFolder(t *testing.T) string {
+func openFolder(t testing.TB) string {
 	t.Helper()
 	folder, err := os.MkdirTemp("/tmp", "site-pg-")
 	if err != nil {
@@ -203,7 +203,7 @@ func openFolder(t *testing.T) string {
 	return folder
 }
 
-func freePort(t *testing.T) int {
+func freePort(t testing.TB) int {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -1,4 +1,4 @@
-package program_test
+package program
 
 import (
 	"context"
@@ -9,14 +9,13 @@ import (
 	"testing"
 	"time"
 
-	"github.com/nomad-site/site/internal/adapter/program"
 	"github.com/nomad-site/site/internal/secret"
 )
 
 func shell(script string) []string { return []string{"/bin/sh", "-c", script} }
 
 func TestAProgramGetsItsInputAndGivesItsOutput(t *testing.T) {
-	output, err := program.Run(t.Context(), program.Command{Args: shell("tr a-z A-Z"), Stdin: secret.New("value"), Limit: time.Minute})
+	output, err := Run(t.Context(), Command{Args: shell("tr a-z A-Z"), Stdin: secret.New("value"), Limit: time.Minute})
 	if err != nil || string(output) != "VALUE" {
 		t.Fatalf("got %q, %v", output, err)
 	}
@@ -27,7 +26,7 @@ func TestAProgramOfTheRepositoryIsFoundInItsFolder(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(folder, "mint"), []byte("#!/bin/sh\necho made\n"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	output, err := program.Run(t.Context(), program.Command{Dir: folder, Args: []string{"./mint"}, Limit: time.Minute})
+	output, err := Run(t.Context(), Command{Dir: folder, Args: []string{"./mint"}, Limit: time.Minute})
 	if err != nil || string(output) != "made\n" {
 		t.Fatalf("got %q, %v", output, err)
 	}
@@ -35,10 +34,10 @@ func TestAProgramOfTheRepositoryIsFoundInItsFolder(t *testing.T) {
 
 func TestAFailureSaysWhyWithoutTheValue(t *testing.T) {
 	const planted = "planted-value"
-	_, err := program.Run(t.Context(), program.Command{
+	_, err := Run(t.Context(), Command{
 		Args: shell(`echo printed-value; read value; echo "refused $value printed-value" >&2; exit 3`), Stdin: secret.New(planted + "\n"), Limit: time.Minute,
 	})
-	var exit *program.ExitError
+	var exit *ExitError
 	if !errors.As(err, &exit) || exit.Code != 3 {
 		t.Fatalf("got %v, want exit code 3", err)
 	}
@@ -53,20 +52,20 @@ func TestAFailureSaysWhyWithoutTheValue(t *testing.T) {
 }
 
 func TestAProgramThatDoesNotEndIsEnded(t *testing.T) {
-	_, err := program.Run(t.Context(), program.Command{Args: shell("exec sleep 60"), Limit: 50 * time.Millisecond})
+	_, err := Run(t.Context(), Command{Args: shell("exec sleep 60"), Limit: 50 * time.Millisecond})
 	if err == nil || !strings.Contains(err.Error(), "did not end within 50ms") {
 		t.Fatalf("got %v", err)
 	}
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cause := errors.New("operator pressed Ctrl-C")
 	time.AfterFunc(50*time.Millisecond, func() { cancel(cause) })
-	if _, err := program.Run(ctx, program.Command{Args: shell("exec sleep 60"), Limit: time.Minute}); !errors.Is(err, cause) {
+	if _, err := Run(ctx, Command{Args: shell("exec sleep 60"), Limit: time.Minute}); !errors.Is(err, cause) {
 		t.Fatalf("got %v, want the cause", err)
 	}
 }
 
 func TestAProgramThatPrintsWithoutEndIsRefused(t *testing.T) {
-	_, err := program.Run(t.Context(), program.Command{Args: shell("head -c 2000000 /dev/zero"), Limit: time.Minute})
+	_, err := Run(t.Context(), Command{Args: shell("head -c 2000000 /dev/zero"), Limit: time.Minute})
 	if err == nil || !strings.Contains(err.Error(), "more than 1048576 bytes") {
 		t.Fatalf("got %v", err)
 	}

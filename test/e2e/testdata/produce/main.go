@@ -26,7 +26,6 @@ func main() {
 		log.Println("wrote", os.Getenv("SECRET"))
 	case "idle":
 		log.Println("writes nothing")
-		time.Sleep(time.Hour)
 	case "show":
 		http.HandleFunc("/", func(w http.ResponseWriter, request *http.Request) {
 			content, err := os.ReadFile("/local/value")
@@ -40,10 +39,8 @@ func main() {
 	default:
 		log.Fatalf("mode %q", mode)
 	}
-	// A service that has done its work goes on being healthy.
-	if os.Getenv("STAY") != "" {
-		select {}
-	}
+	// A service that has done its work goes on being healthy, until it is ended.
+	time.Sleep(24 * time.Hour)
 }
 
 // write stores a value in OpenBao, with the token that Nomad gave the task.
