@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -355,6 +356,8 @@ func (s *session) applyOpenBao(ctx context.Context, desired catalogue.Engine, ac
 		}
 		actual, changes = seen, catalogue.DiffEngine(desired, *seen.engine)
 	}
+	// Those of the host were made above.
+	changes = slices.DeleteFunc(slices.Clone(changes), func(change plan.Change) bool { return change.Host != "" })
 	if err := s.bao.ApplyEngine(ctx, desired, *actual.engine, changes, progress); err != nil {
 		return err
 	}

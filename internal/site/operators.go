@@ -1,6 +1,7 @@
 package site
 
 import (
+	"bytes"
 	"fmt"
 	"slices"
 	"strings"
@@ -78,8 +79,20 @@ func editSite(content []byte, edit func(*hclwrite.Body) error) ([]byte, error) {
 			if err := edit(block.Body()); err != nil {
 				return nil, err
 			}
-			return hclwrite.Format(file.Bytes()), nil
+			return withoutHoles(content, hclwrite.Format(file.Bytes())), nil
 		}
 	}
 	return nil, fmt.Errorf("%s has no site block", siteFileName)
+}
+
+// withoutHoles takes out the empty lines that a removed block leaves behind.
+func withoutHoles(before, after []byte) []byte {
+	const hole, gap = "\n\n\n", "\n\n"
+	if bytes.Contains(before, []byte(hole)) {
+		return after // some are its author's
+	}
+	for bytes.Contains(after, []byte(hole)) {
+		after = bytes.ReplaceAll(after, []byte(hole), []byte(gap))
+	}
+	return after
 }

@@ -43,6 +43,9 @@ func TestOperatorsAreAddedAndRemovedAndTheRestStays(t *testing.T) {
 	if strings.Contains(string(removed), "alice") || !strings.Contains(string(removed), "bob") {
 		t.Errorf("not exactly alice is gone:\n%s", removed)
 	}
+	if strings.Contains(string(removed), "\n\n\n") {
+		t.Errorf("her block left a hole:\n%s", removed)
+	}
 }
 
 func TestAnOperatorThatCannotBeAddedOrRemovedIsRefused(t *testing.T) {

@@ -357,14 +357,4 @@ func TestWhatIsWrongWithSecretFilesIsSaidAtOnceBeforeAnyHostIsTouched(t *testing
 			t.Errorf("a trap that nobody can reach proves nothing\n%v", got)
 		}
 	})
-	t.Run("a job that reads what nobody declares", func(t *testing.T) {
-		s := s.in(t)
-		s.commit("a read", map[string]string{"jobs/hello/hello.nomad.hcl": strings.Replace(plainJob, "driver = \"podman\"",
-			"driver = \"podman\"\n      vault {}\n      template {\n        destination = \"local/x\"\n        data = \"{{ with secret \\\"site/data/hello/webhok\\\" }}{{ .Data.data.value }}{{ end }}\"\n      }", 1)})
-		before := it.calls.Load()
-		s.wantRefusal(s.run("deploy"), []string{"hello.webhok", "hello.nomad.hcl:"}, nil)
-		if calls := it.calls.Load() - before; calls > 0 {
-			t.Errorf("the host was connected to %d times", calls)
-		}
-	})
 }

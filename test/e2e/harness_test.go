@@ -139,7 +139,7 @@ func (s *testSite) kind() string {
 		return "plain"
 	}
 	if _, _, digest := s.secretsEngine(); digest != "" {
-		return "platform-" + digest[:12]
+		return "bao" + digest[:5] // a snapshot's name is short
 	}
 	return "platform"
 }

@@ -53,6 +53,19 @@ func (s *testSite) secretsEngine() (files map[string]string, executable, digest 
 	return map[string]string{filepath.Join("jobs", site.OpenBaoComponent, "component.hcl"): artifact + rest}, path, digest
 }
 
+// runsEngine insists that OpenBao is the executable that engineVariable names.
+func (s *testSite) runsEngine() {
+	s.t.Helper()
+	_, path, digest := s.secretsEngine()
+	if path == "" {
+		return
+	}
+	process := strings.TrimSpace(s.host.exec("podman", "inspect", "--format", "{{.State.Pid}}", s.containerOf(site.OpenBaoComponent)))
+	if running := s.host.exec("sha256sum", "/proc/"+process+"/exe"); !strings.HasPrefix(running, digest) {
+		s.t.Errorf("OpenBao is %s, not the %s of %s", running, digest, path)
+	}
+}
+
 // enginePath is where a repository has that executable: not in git, like any build output.
 const enginePath = ".lab/bao"
 
@@ -280,6 +293,7 @@ func TestABareHostBecomesAPlatformAndComesBackByItself(t *testing.T) {
 	if says.SHA != s.head() || says.Rows < 1 {
 		t.Fatalf("the application says %+v, want the commit %s and a row", says, s.head())
 	}
+	s.runsEngine()
 
 	t.Run("a second run writes nothing", func(t *testing.T) {
 		s := s.in(t)

@@ -225,6 +225,8 @@ func (s *testSite) slowRecovery(kept func()) {
 	numbers.grows(50, time.Minute)
 	startup := strings.TrimSpace(s.host.shell(fmt.Sprintf(catchRecovery, s.serverProcess())))
 	begun, container := time.Now(), s.containerOf("postgresql")+s.serverProcess()
+	var deploying sync.WaitGroup
+	defer deploying.Wait()
 	released := false
 	release := func() {
 		if !released {
@@ -235,13 +237,13 @@ func (s *testSite) slowRecovery(kept func()) {
 	defer release() // nobody else may have to wait for it
 	said := make(chan string, 100)
 	finished := make(chan result, 1)
-	go func() {
+	deploying.Go(func() {
 		finished <- s.runWatched(func(_ *os.Process, event plan.Event) {
 			if event.Type == plan.StepProgress && strings.Contains(event.Message, "waiting for postgres") {
 				said <- event.Message
 			}
 		}, "deploy")
-	}()
+	})
 	told := numbers.told.Load()
 	if _, err := s.tryPsql("postgres", "SELECT 1"); err == nil {
 		s.t.Error("the server takes connections: its recovery was not caught")

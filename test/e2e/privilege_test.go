@@ -255,7 +255,7 @@ func (b *bao) nomadLogin(jwt string) (string, error) {
 	}
 	defer func() { _ = response.Body.Close() }()
 	if response.StatusCode != http.StatusOK {
-		return "", fmt.Errorf("Nomad answered %s", response.Status) //nolint:staticcheck // a name
+		return "", fmt.Errorf("Nomad answered %s", response.Status)
 	}
 	var token struct{ SecretID string }
 	err = json.NewDecoder(response.Body).Decode(&token)
@@ -380,7 +380,7 @@ func TestOperatorsComeAndGo(t *testing.T) {
 	t.Run("the new ones may do all that the first one may, once they were told of", func(t *testing.T) {
 		s := s.in(t)
 		s.must("deploy") // by the first operator: OpenBao and the hosts
-		secret := s.must("secrets", "status").stdout
+		secret := s.must("secrets", "status", "--json").stdout
 		socket := s.agentWith(keys...)
 		ways := map[string]func(sshKey) []string{
 			"file": func(k sshKey) []string {
@@ -409,7 +409,7 @@ func TestOperatorsComeAndGo(t *testing.T) {
 			}
 		}
 		each(func(s *testSite, _ sshKey) {
-			if got := s.must("secrets", "status").stdout; got != secret {
+			if got := s.must("secrets", "status", "--json").stdout; got != secret {
 				s.t.Errorf("they see\n%s\nand not\n%s", got, secret)
 			}
 		})
@@ -505,6 +505,9 @@ func TestOperatorsComeAndGo(t *testing.T) {
 			if !strings.Contains(before, comment) {
 				t.Errorf("the comment %q is gone from\n%s", comment, before)
 			}
+		}
+		if strings.Contains(before, "\n\n\n") {
+			t.Errorf("holes are left in\n%s", before)
 		}
 		if strings.Contains(before, "@laptop") {
 			t.Error("the comment of a key came along")

@@ -134,6 +134,13 @@ func Render(in Input) (Document, error) {
 		}
 		document.Files = append(document.Files, newFile(file.path, file.mode, content))
 	}
+	relay, err := relayFile(in)
+	if err != nil {
+		return Document{}, err
+	}
+	if relay != nil {
+		document.Files = append(document.Files, *relay)
+	}
 	document.Files = append(document.Files,
 		newFile("/etc/tmpfiles.d/site.conf", "0644", tmpfiles(directories)),
 		newFile(OperatorsJWKSPath, "0644", in.OperatorsJWKS))
@@ -160,8 +167,11 @@ func Render(in Input) (Document, error) {
 	document.Units = []Unit{
 		{Name: "podman.socket"},
 		{Name: "site-host.service", RestartOn: []string{SiteHostPath, "/etc/systemd/system/site-host.service"}},
-		{Name: "nomad.service", RestartOn: nomadFiles},
 	}
+	if relay != nil {
+		document.Units = append(document.Units, Unit{Name: relayUnit, RestartOn: []string{SiteHostPath, relayUnitPath}})
+	}
+	document.Units = append(document.Units, Unit{Name: "nomad.service", RestartOn: nomadFiles})
 	return document, nil
 }
 

@@ -67,7 +67,8 @@ func Run(ctx context.Context, options Options, arguments []string) int {
 	}
 	root.AddCommand(serveCommand(options), receiveCommand(options), observeCommand(options), packagesCommand(options),
 		lockCommand(options), releaseCommand(options), fileCommand(options), dialCommand(options),
-		hostKeyCommand(options), openBaoCommand(options), postgreSQLCommand(options), versionCommand(options))
+		hostKeyCommand(options), openBaoCommand(options), postgreSQLCommand(options), relayCommand(options),
+		versionCommand(options))
 	root.SetArgs(arguments)
 	root.SetOut(options.Stdout)
 	root.SetErr(options.Stderr)

@@ -102,23 +102,24 @@ func (c *Connector) handle(ctx context.Context, service string, plain *net.TCPCo
 func (c *Connector) open(ctx context.Context, service string) (*tls.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, openLimit)
 	defer cancel()
-	now := c.identities.now()
-	dialer := tls.Dialer{
-		NetDialer: &net.Dialer{KeepAliveConfig: keepAlive()},
-		Config: &tls.Config{
-			MinVersion: tls.VersionTLS13, ServerName: c.options.ServerName, RootCAs: now.authorities,
-			NextProtos: []string{protocolPrefix + service},
-			// Given whatever CA the server asks for, so that it can say what is wrong with it.
-			GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &now.certificate, nil },
-		},
-	}
-	dialed, err := dialer.DialContext(ctx, "tcp", c.options.To)
+	dialer := net.Dialer{KeepAliveConfig: keepAlive()}
+	plain, err := dialer.DialContext(ctx, "tcp", c.options.To)
 	if err != nil {
 		return nil, err
 	}
-	connection := dialed.(*tls.Conn)
+	now := c.identities.now()
+	connection := tls.Client(&wire{TCPConn: plain.(*net.TCPConn)}, &tls.Config{
+		MinVersion: tls.VersionTLS13, ServerName: c.options.ServerName, RootCAs: now.authorities,
+		NextProtos: []string{protocolPrefix + service},
+		// Given whatever CA the server asks for, so that it can say what is wrong with it.
+		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &now.certificate, nil },
+	})
+	if err := connection.HandshakeContext(ctx); err != nil {
+		_ = plain.Close()
+		return nil, err
+	}
 	if err := c.awaitOpened(ctx, connection); err != nil {
-		_ = connection.NetConn().Close()
+		_ = plain.Close()
 		return nil, err
 	}
 	return connection, nil

@@ -11,6 +11,8 @@ import (
 // Files are the site's CA and this host's own certificate and key, as PEM.
 type Files struct{ CA, Certificate, Key string }
 
+const readingFiles = "reading the certificates"
+
 // identity is the content of the files.
 type identity struct {
 	authorities *x509.CertPool
@@ -49,19 +51,19 @@ func newIdentities(files Files, states *states) (*identities, error) {
 	if err != nil {
 		return nil, err
 	}
+	states.expect(readingFiles)
 	return &identities{files: files, states: states, last: first}, nil
 }
 
 func (i *identities) now() *identity {
-	const what = "reading the certificates"
 	read, err := i.files.read()
 	i.mutex.Lock()
 	defer i.mutex.Unlock()
 	if err != nil {
-		i.states.fails(what, err)
+		i.states.fails(readingFiles, err)
 		return i.last
 	}
-	i.states.works(what)
+	i.states.works(readingFiles)
 	i.last = read
 	return read
 }

@@ -41,6 +41,8 @@ const (
 // without this, refusal would look like a service that says nothing.
 const opened = 1
 
+var validName = regexp.MustCompile(`^[a-z][a-z0-9-]{0,62}$`)
+
 // Service is one by its name, and where it is on this host's loopback: the real
 // one where it is served, the relay's own address elsewhere.
 type Service struct {
@@ -52,7 +54,7 @@ type Service struct {
 // address is one by number.
 func ParseService(text string) (Service, error) {
 	name, address, found := strings.Cut(text, "=")
-	if !found || !regexp.MustCompile(`^[a-z][a-z0-9-]{0,62}$`).MatchString(name) {
+	if !found || !validName.MatchString(name) {
 		return Service{}, plan.WithHint(fmt.Errorf("relay %q: want a name and an address", text), "such as openbao=127.0.0.1:8200")
 	}
 	parsed, err := netip.ParseAddrPort(address)
@@ -127,8 +129,8 @@ func listen(ctx context.Context, address netip.AddrPort) (net.Listener, error) {
 	return listener, nil
 }
 
-// accept gives each connection to handle, until ctx ends: then the listener and
-// all connections are closed. It returns when none is left.
+// accept gives each connection to handle, which ends it when ctx ends. Then the
+// listener is closed, and accept returns when no connection is left.
 func accept(ctx context.Context, listener net.Listener, states *states, handle func(context.Context, *net.TCPConn)) error {
 	ctx, cancel := context.WithCancel(ctx)
 	var running sync.WaitGroup
@@ -138,6 +140,7 @@ func accept(ctx context.Context, listener net.Listener, states *states, handle f
 	defer stop()
 	free := make(chan struct{}, maxConnections)
 	what := "accepting at " + listener.Addr().String()
+	states.expect(what)
 	for {
 		connection, err := listener.Accept()
 		switch {
@@ -166,8 +169,6 @@ func accept(ctx context.Context, listener net.Listener, states *states, handle f
 		states.works(what)
 		running.Go(func() {
 			defer func() { <-free }()
-			stop := context.AfterFunc(ctx, func() { _ = connection.Close() })
-			defer stop()
 			handle(ctx, connection.(*net.TCPConn))
 		})
 	}

@@ -67,7 +67,7 @@ func (s *Server) Run(ctx context.Context) error {
 }
 
 func (s *Server) handle(ctx context.Context, plain *net.TCPConn) {
-	connection := tls.Server(plain, &tls.Config{MinVersion: tls.VersionTLS13, GetConfigForClient: s.config})
+	connection := tls.Server(&wire{TCPConn: plain}, &tls.Config{MinVersion: tls.VersionTLS13, GetConfigForClient: s.config})
 	client := "client " + address(plain.RemoteAddr())
 	service, err := s.admit(ctx, connection)
 	if err != nil {

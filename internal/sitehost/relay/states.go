@@ -17,6 +17,9 @@ type states struct {
 
 func newStates(log *slog.Logger) *states { return &states{log: log, known: map[string]bool{}} }
 
+// expect takes something for working: it is logged only once it does not.
+func (s *states) expect(what string) { s.changes(what, true) }
+
 func (s *states) works(what string, args ...any) {
 	if s.changes(what, true) {
 		s.log.Info("works: "+what, args...)
