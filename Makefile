@@ -13,7 +13,7 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 SITE := bin/site
 LAB_TOKEN := .lab/lab/root-token
 LAB_TOOLS := nomad nomad-driver-podman secrets-server versitygw ansible
-TEST_TIMEOUT ?= 60m
+TEST_TIMEOUT ?= 80m
 
 .PHONY: setup build lab lab-down test test-unit test-full lint bench tools generate clean
 

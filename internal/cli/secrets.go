@@ -44,6 +44,7 @@ func newSecretsStatus(env Environment, flags *globalFlags) *cobra.Command {
 			if err != nil {
 				return err
 			}
+			options.Warn = nil // it only looks
 			status, err := deploy.ReadSecretsStatus(command.Context(), options)
 			if err != nil {
 				return err
@@ -293,6 +294,7 @@ func newSecretsGet(env Environment, flags *globalFlags) *cobra.Command {
 			if err != nil {
 				return err
 			}
+			options.Warn = nil // it only looks
 			value, generation, err := deploy.ReadSecret(command.Context(), options, args[0])
 			if err != nil {
 				return err
@@ -302,7 +304,7 @@ func newSecretsGet(env Environment, flags *globalFlags) *cobra.Command {
 				shown = value.Reveal()
 			}
 			if flags.json {
-				return printJSON(env.Out, map[string]any{"name": args[0], "generation": generation, "value": shown})
+				return printJSON(env.Out, map[string]any{"schema": "site.secret/v1", "name": args[0], "generation": generation, "value": shown})
 			}
 			if !reveal {
 				_, err = fmt.Fprintf(env.Out, "%s: %s, generation %d\n", args[0], shown, generation)
@@ -332,6 +334,7 @@ those of database roles by logging in. Exit code 2 if one does not.
 			if err != nil {
 				return err
 			}
+			options.Warn = nil // it only looks
 			verified, err := deploy.VerifySecrets(command.Context(), options, args)
 			if err != nil {
 				return err

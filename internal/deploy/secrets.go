@@ -36,6 +36,10 @@ func (s *session) convergeSecrets() plan.Step {
 		Diff: func(desired []site.Secret, actual secretsState) []plan.Change {
 			changes, findings := s.diffSecrets(desired, actual)
 			s.blockOn(findings)
+			for _, name := range catalogue.Undeclared(desired, actual.entries) {
+				s.options.Warn(fmt.Sprintf("secret %s in OpenBao is declared by no component: remove it with `bao kv metadata delete %s/%s`",
+					name, site.SecretMount, strings.Replace(name, ".", "/", 1)))
+			}
 			for _, lost := range findings.Lost {
 				changes = append(changes, plan.Change{
 					Action: catalogue.Import, Kind: catalogue.Kind, Target: lost.Name,

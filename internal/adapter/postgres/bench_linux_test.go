@@ -49,7 +49,7 @@ func BenchmarkSecondReconcile(b *testing.B) {
 			if err != nil {
 				return err
 			}
-			defer connection.Close(ctx)
+			defer func() { _ = connection.Close(ctx) }()
 			for _, one := range want.Roles {
 				var login bool
 				var limit int
