@@ -74,7 +74,10 @@ job "hello" {
       }
 
       # By the job's own identity it reads what its policy names, and nothing else.
-      vault {}
+      # The template does the reading: the task needs no token in its environment.
+      vault {
+        env = false
+      }
 
       # A new password comes with a new start.
       template {

@@ -70,7 +70,7 @@ job "openbao" {
         type     = "http"
         path     = "/v1/sys/health?uninitcode=200&sealedcode=200&standbyok=true"
         interval = "2s"
-        timeout  = "1s"
+        timeout  = "3s"
       }
     }
 

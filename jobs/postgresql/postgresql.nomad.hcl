@@ -76,7 +76,7 @@ job "postgresql" {
       check {
         type     = "tcp"
         interval = "2s"
-        timeout  = "1s"
+        timeout  = "3s"
       }
     }
 

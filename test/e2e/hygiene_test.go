@@ -421,7 +421,7 @@ func (p *slowProxy) carry(to, from net.Conn, delay *atomic.Int64) {
 	buffer := make([]byte, 32<<10)
 	for {
 		n, err := from.Read(buffer)
-		time.Sleep(time.Duration(delay.Load()))
+		<-time.After(time.Duration(delay.Load())) // a slow line
 		if _, failed := to.Write(buffer[:n]); failed != nil || err != nil {
 			return
 		}
