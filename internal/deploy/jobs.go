@@ -61,11 +61,14 @@ func (w *waves) Name() string { return w.title }
 // Plan looks at every wave at once: what a later wave changes does not depend
 // on whether an earlier one ran.
 func (w *waves) Plan(ctx context.Context) ([]plan.Change, error) {
-	if w.s.nomad == nil {
-		return nil, &plan.UnknownError{Until: "nomad"}
-	}
 	w.components, w.steps, w.plans = nil, nil, nil
 	mine := slices.DeleteFunc(w.s.activeComponents(), func(c site.Component) bool { return !w.picks(c) })
+	switch {
+	case w.title == platformStep && len(mine) == 0:
+		return nil, nil // a site need not have any: nothing to ask Nomad for
+	case w.s.nomad == nil:
+		return nil, &plan.UnknownError{Until: "nomad"}
+	}
 	var all []plan.Change
 	for _, components := range job.Waves(mine, w.s.site.WaitsFor) {
 		step := w.s.waveStep(components)
