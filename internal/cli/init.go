@@ -47,9 +47,6 @@ are the truth from then on: edit them by hand, commit them.
 			if flags.json {
 				return printJSON(env.Out, map[string][]string{"files": files})
 			}
-			if flags.json {
-				return printJSON(env.Out, map[string][]string{"files": files})
-			}
 			for _, file := range files {
 				_, _ = fmt.Fprintln(env.Out, file)
 			}

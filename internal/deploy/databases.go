@@ -2,13 +2,16 @@ package deploy
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/nomad-site/site/internal/adapter/openbao"
 	"github.com/nomad-site/site/internal/adapter/postgres"
 	"github.com/nomad-site/site/internal/plan"
 	"github.com/nomad-site/site/internal/reconcile/host"
@@ -25,27 +28,16 @@ func (s *session) hasPostgres() bool { return s.site.Component(site.PostgresComp
 
 // convergeDatabases keeps roles, databases and grants in step with the site.
 func (s *session) convergeDatabases() plan.Step {
-	return &plan.Reconciler[role.Desired, role.Actual]{
-		Title: "databases",
-		Desire: func(ctx context.Context) (role.Desired, error) {
-			if !s.hasPostgres() {
-				return role.Desired{}, nil
-			}
-			return s.desiredRoles(ctx)
-		},
+	return where{&plan.Reconciler[role.Desired, role.Actual]{
+		Title:  "databases",
+		Desire: s.desiredRoles,
 		Observe: func(ctx context.Context, desired role.Desired) (role.Actual, error) {
-			if !s.hasPostgres() {
-				return role.Actual{}, nil
-			}
 			if err := s.dialPostgres(ctx, observing{s.options.Reporter, "databases"}); err != nil {
 				return role.Actual{}, err
 			}
 			return s.databases.Observe(ctx, desired)
 		},
 		Diff: func(desired role.Desired, actual role.Actual) []plan.Change {
-			if !s.hasPostgres() {
-				return nil
-			}
 			changes, undeclared := role.Diff(desired, actual), role.Undeclared(desired, actual)
 			for _, one := range role.Waiting(desired, actual) {
 				s.options.Warn("granted once it exists: " + one)
@@ -61,44 +53,30 @@ func (s *session) convergeDatabases() plan.Step {
 		Converge: func(ctx context.Context, desired role.Desired, actual role.Actual, changes []plan.Change, progress plan.Progress) error {
 			return s.databases.Apply(ctx, desired, actual, changes, progress)
 		},
-	}
+	}, s.hasPostgres}
 }
 
 // desiredRoles reads the passwords that roles must have. A role whose password
 // nobody gave yet is made without one: nobody can log in as it.
 func (s *session) desiredRoles(ctx context.Context) (role.Desired, error) {
 	desired := role.DesiredOf(s.site)
-	byName := map[string]site.Secret{}
-	for _, one := range s.site.Secrets() {
-		byName[one.FullName()] = one
-	}
-	var wanted []site.Secret
-	for _, one := range desired.Roles {
-		if one.Password != "" {
-			wanted = append(wanted, byName[one.Password])
-		}
-	}
-	if len(wanted) == 0 {
-		return desired, nil
-	}
-	if s.bao == nil {
+	if s.bao == nil && slices.ContainsFunc(desired.Roles, func(one site.Role) bool { return one.Password != "" }) {
 		return desired, &plan.UnknownError{Until: "openbao"}
-	}
-	states, err := s.bao.ObserveEntries(ctx, wanted)
-	if err != nil {
-		return desired, err
 	}
 	desired.Passwords = map[string]secret.Value{}
 	var mutex sync.Mutex
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(10)
 	for _, one := range desired.Roles {
-		state := states[one.Password]
-		if one.Password == "" || !state.Exists || state.Deleted {
+		if one.Password == "" {
 			continue
 		}
 		group.Go(func() error {
-			value, _, err := s.bao.Read(ctx, byName[one.Password])
+			value, _, err := s.bao.Read(ctx, *s.site.Secret(one.Password))
+			var none *openbao.NoValueError
+			if errors.As(err, &none) {
+				return nil
+			}
 			mutex.Lock()
 			defer mutex.Unlock()
 			desired.Passwords[one.Name] = value

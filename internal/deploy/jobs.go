@@ -47,7 +47,11 @@ var _ plan.Step = (*waves)(nil)
 
 // runPlatformJobs runs what other jobs need: it has no secrets and waits for none.
 func (s *session) runPlatformJobs() plan.Step {
-	return &waves{s: s, title: platformStep, picks: func(c site.Component) bool { return c.Platform }}
+	isPlatform := func(c site.Component) bool { return c.Platform }
+	return where{
+		&waves{s: s, title: platformStep, picks: isPlatform},
+		func() bool { return slices.ContainsFunc(s.activeComponents(), isPlatform) },
+	}
 }
 
 // runWaves runs the site's own jobs, but for those that wait for a secret which
@@ -61,14 +65,11 @@ func (w *waves) Name() string { return w.title }
 // Plan looks at every wave at once: what a later wave changes does not depend
 // on whether an earlier one ran.
 func (w *waves) Plan(ctx context.Context) ([]plan.Change, error) {
-	w.components, w.steps, w.plans = nil, nil, nil
-	mine := slices.DeleteFunc(w.s.activeComponents(), func(c site.Component) bool { return !w.picks(c) })
-	switch {
-	case w.title == platformStep && len(mine) == 0:
-		return nil, nil // a site need not have any: nothing to ask Nomad for
-	case w.s.nomad == nil:
+	if w.s.nomad == nil {
 		return nil, &plan.UnknownError{Until: "nomad"}
 	}
+	w.components, w.steps, w.plans = nil, nil, nil
+	mine := slices.DeleteFunc(w.s.activeComponents(), func(c site.Component) bool { return !w.picks(c) })
 	var all []plan.Change
 	for _, components := range job.Waves(mine, w.s.site.WaitsFor) {
 		step := w.s.waveStep(components)

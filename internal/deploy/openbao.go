@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/nomad-site/site/internal/adapter/nomad"
@@ -17,10 +18,8 @@ import (
 	"github.com/nomad-site/site/internal/site"
 )
 
-const (
-	// openBaoLimit bounds how long OpenBao may take to answer, and site-host to unseal it.
-	openBaoLimit = time.Minute
-)
+// openBaoLimit bounds how long OpenBao may take to answer, and site-host to unseal it.
+const openBaoLimit = time.Minute
 
 // Why somebody is logged in to OpenBao. Tokens of deploys are made under the
 // site's lock: whoever holds it may revoke those that a killed run left behind.
@@ -49,31 +48,12 @@ func (s *session) openBaoHost() *remoteHost { return s.servers()[0] }
 // convergeOpenBao initialises OpenBao once, and keeps its mounts, login methods,
 // policies and roles in step with the site.
 func (s *session) convergeOpenBao() plan.Step {
-	return &plan.Reconciler[catalogue.Engine, openBaoState]{
-		Title: "openbao",
-		Desire: func(ctx context.Context) (catalogue.Engine, error) {
-			if !s.hasOpenBao() {
-				return catalogue.Engine{}, nil
-			}
-			return s.desiredEngine(ctx)
-		},
-		Observe: func(ctx context.Context, desired catalogue.Engine) (openBaoState, error) {
-			if !s.hasOpenBao() {
-				return openBaoState{}, nil
-			}
-			return s.observeOpenBao(ctx, desired)
-		},
-		Diff: func(desired catalogue.Engine, actual openBaoState) []plan.Change {
-			if !s.hasOpenBao() {
-				return nil
-			}
-			return s.diffOpenBao(desired, actual)
-		},
-		Converge: s.applyOpenBao,
-	}
+	return where{&plan.Reconciler[catalogue.Engine, openBaoState]{
+		Title: "openbao", Desire: s.desiredEngine, Observe: s.observeOpenBao, Diff: s.diffOpenBao, Converge: s.applyOpenBao,
+	}, s.hasOpenBao}
 }
 
-// desiredEngine is pure but for the hosts' public keys, which were read when connecting.
+// desiredEngine is pure but for the hosts' public keys, which it asks them for.
 func (s *session) desiredEngine(ctx context.Context) (catalogue.Engine, error) {
 	var operators []catalogue.Operator
 	known, err := s.operators()
@@ -100,22 +80,23 @@ func (s *session) hostKeys(ctx context.Context) ([]string, error) {
 		}
 		verb = "show"
 	}
+	var mutex sync.Mutex
 	var keys []string
-	for _, h := range s.hosts {
+	err := s.each(ctx, s.hosts, func(ctx context.Context, h *remoteHost) error {
 		var answer struct {
 			PublicKeyPEM string `json:"public_key_pem"`
 		}
 		err := h.siteHost(ctx, nil, &answer, "host-key", verb)
-		var exit *ssh.ExitError
-		if s.options.DryRun && errors.As(err, &exit) && exit.Code == exitNotThere {
-			return nil, &plan.UnknownError{Until: "platform jobs"}
-		}
-		if err != nil {
-			return nil, fmt.Errorf("host %s: %w", h.Name, err)
-		}
+		mutex.Lock()
+		defer mutex.Unlock()
 		keys = append(keys, answer.PublicKeyPEM)
+		return err
+	})
+	var exit *ssh.ExitError
+	if s.options.DryRun && errors.As(err, &exit) && exit.Code == exitNotThere {
+		return nil, &plan.UnknownError{Until: platformStep}
 	}
-	return keys, nil
+	return keys, err
 }
 
 // exitNotThere is how site-host says that what was asked for does not exist.

@@ -47,11 +47,7 @@ func (s *session) initialiseOpenBao(ctx context.Context, desired catalogue.Engin
 		return err
 	}
 	progress.Message("making mounts, login methods and policies")
-	state, err := root.ObserveEngine(ctx, desired)
-	if err != nil {
-		return err
-	}
-	if err := root.ApplyEngine(ctx, desired, state, catalogue.DiffEngine(desired, state), progress); err != nil {
+	if err := convergeEngine(ctx, root, desired, progress); err != nil {
 		return err
 	}
 	// Nobody is locked out: the operator's login works before the root token goes.
@@ -65,7 +61,17 @@ func (s *session) initialiseOpenBao(ctx context.Context, desired catalogue.Engin
 	return s.openBaoIsReady(ctx, progress)
 }
 
-// revokeRoot revokes the first root token; where OpenBao is still sealed it must
+// convergeEngine makes what the site owns in OpenBao from whatever is there, with
+// the rights of client.
+func convergeEngine(ctx context.Context, client *openbao.Client, desired catalogue.Engine, progress plan.Progress) error {
+	state, err := client.ObserveEngine(ctx, desired)
+	if err != nil {
+		return err
+	}
+	return client.ApplyEngine(ctx, desired, state, catalogue.DiffEngine(desired, state), progress)
+}
+
+// revokeRoot revokes a root token; where OpenBao is still sealed it must
 // be opened for that.
 func (s *session) revokeRoot(ctx context.Context, root *openbao.Client, unsealKey secret.Value) error {
 	health, err := root.Health(ctx)
@@ -105,11 +111,7 @@ func (s *session) readmitOperators(ctx context.Context, desired catalogue.Engine
 	held := s.temporary.hold("a root token of OpenBao", func(ctx context.Context) error {
 		return s.revokeRoot(ctx, root, s.material.OpenBaoUnsealKey)
 	})
-	state, err := root.ObserveEngine(ctx, desired)
-	if err != nil {
-		return err
-	}
-	if err := root.ApplyEngine(ctx, desired, state, catalogue.DiffEngine(desired, state), progress); err != nil {
+	if err := convergeEngine(ctx, root, desired, progress); err != nil {
 		return err
 	}
 	if err := s.logInToOpenBao(ctx, client, purposeDeploy); err != nil {
@@ -153,11 +155,7 @@ func (s *session) resumeOpenBao(ctx context.Context, desired catalogue.Engine, a
 		}
 		return s.initialiseOpenBao(ctx, desired, progress)
 	}
-	state, err := s.bao.ObserveEngine(ctx, desired)
-	if err != nil {
-		return err
-	}
-	if err := s.bao.ApplyEngine(ctx, desired, state, catalogue.DiffEngine(desired, state), progress); err != nil {
+	if err := convergeEngine(ctx, s.bao, desired, progress); err != nil {
 		return err
 	}
 	// The first root token of the run that was cut short may still be good.

@@ -57,7 +57,7 @@ func (s *session) convergeSecrets() plan.Step {
 				if change.Action == catalogue.Import {
 					continue // the end of the run asks for it
 				}
-				if err := s.makeSecret(ctx, desired, actual, change.Target, progress); err != nil {
+				if err := s.makeSecret(ctx, actual, change.Target, progress); err != nil {
 					return err
 				}
 			}
@@ -162,9 +162,8 @@ func (s *session) blockOn(findings catalogue.Findings) {
 
 // makeSecret makes one value and writes it where there is none, or the same
 // version that the diff saw.
-func (s *session) makeSecret(ctx context.Context, desired []site.Secret, actual secretsState, name string, progress plan.Progress) error {
-	i := slices.IndexFunc(desired, func(one site.Secret) bool { return one.FullName() == name })
-	one := desired[i]
+func (s *session) makeSecret(ctx context.Context, actual secretsState, name string, progress plan.Progress) error {
+	one := *s.site.Secret(name)
 	var value secret.Value
 	var err error
 	switch {

@@ -22,6 +22,20 @@ func (c check) Plan(ctx context.Context) ([]plan.Change, error) { return nil, c.
 
 func (c check) Apply(context.Context, []plan.Change, plan.Progress) error { return nil }
 
+// where leaves a step out of a run in which it has nothing to deal with. What
+// holds is known once the configuration was read, which is after the steps were listed.
+type where struct {
+	plan.Step
+	holds func() bool
+}
+
+func (w where) Plan(ctx context.Context) ([]plan.Change, error) {
+	if !w.holds() {
+		return nil, nil
+	}
+	return w.Step.Plan(ctx)
+}
+
 // DeadlineError ends a run whose time is over.
 type DeadlineError struct{ After time.Duration }
 

@@ -7,10 +7,10 @@ import (
 	"slices"
 	"strings"
 	"time"
-	"unicode/utf8"
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/nomad-site/site/internal/adapter/openbao"
 	"github.com/nomad-site/site/internal/adapter/postgres"
 	"github.com/nomad-site/site/internal/adapter/program"
 	"github.com/nomad-site/site/internal/plan"
@@ -108,7 +108,7 @@ func secretRow(one site.Secret, state catalogue.EntryState, consumers []string, 
 	switch {
 	case !state.Exists && state.Version == 0:
 		row.State = SecretMissing
-	case state.Deleted || !state.Exists:
+	case !state.HasValue():
 		row.State = SecretDeleted
 	case row.Expires != nil && !now.Before(*row.Expires):
 		row.State = SecretExpired
@@ -156,9 +156,6 @@ type StoreOptions struct {
 	SkipChecks bool
 }
 
-// valueLimit is the longest value in bytes: an entry must fit into one of raft's.
-const valueLimit = 512 << 10
-
 // StoreSecrets writes values, all or none as far as it can be known before: what
 // is wrong with any of them is said in one error, and then nothing is written.
 func StoreSecrets(ctx context.Context, options Options, values []NewValue, storing StoreOptions) ([]Stored, error) {
@@ -203,17 +200,8 @@ func normalise(one site.Secret, value *NewValue, stored *Stored) error {
 		stored.NewlineCut = cut != text
 		text = cut
 	}
-	switch {
-	case text == "":
-		return plan.WithHint(fmt.Errorf("secret %s: the value is empty", one.FullName()), "give the value itself; a newline alone is none")
-	case len(text) > valueLimit:
-		return plan.WithHint(fmt.Errorf("secret %s: the value has %d bytes, the most is %d", one.FullName(), len(text), valueLimit),
-			"keep big files in object storage, and a key to them here")
-	case !utf8.ValidString(text):
-		return plan.WithHint(fmt.Errorf("secret %s: the value is not UTF-8 text", one.FullName()), "encode it, such as with base64, and decode it where it is used")
-	}
 	value.Value = secret.New(text)
-	return nil
+	return openbao.CheckValue(one, value.Value)
 }
 
 // checkValues runs the checks of external secrets, all of them.
@@ -248,7 +236,7 @@ func (s *session) storeValues(ctx context.Context, values []NewValue, stored []S
 	}
 	var problems []error
 	for _, one := range secrets {
-		if state := states[one.FullName()]; one.External == nil && state.Exists && !state.Deleted {
+		if state := states[one.FullName()]; one.External == nil && state.HasValue() {
 			problems = append(problems, plan.WithHint(fmt.Errorf("secret %s is %s and has a value", one.FullName(), sourceOf(one)),
 				"only a lost value of it can be put back; a new one comes from its source"))
 		}
@@ -258,7 +246,7 @@ func (s *session) storeValues(ctx context.Context, values []NewValue, stored []S
 	}
 	for i, one := range secrets {
 		state := states[one.FullName()]
-		if state.Exists && !state.Deleted {
+		if state.HasValue() {
 			current, generation, err := s.bao.Read(ctx, one)
 			if err != nil {
 				return err

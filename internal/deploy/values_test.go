@@ -5,6 +5,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nomad-site/site/internal/adapter/openbao"
 	catalogue "github.com/nomad-site/site/internal/reconcile/secret"
 	"github.com/nomad-site/site/internal/secret"
 	"github.com/nomad-site/site/internal/site"
@@ -30,7 +31,7 @@ func TestAValueIsHeldAgainstTheCatalogue(t *testing.T) {
 		"a newline alone is an empty value":            {secret: external, value: "\n", problem: "the value is empty"},
 		"a value beyond the limit is refused":          {secret: external, value: strings.Repeat("x", 2<<20), problem: "the value has 2097152 bytes"},
 		"what is not text is refused with a way out":   {secret: external, value: "\xff\xfe", problem: "is not UTF-8 text"},
-		"a value of exactly the limit is still stored": {secret: external, value: strings.Repeat("x", valueLimit), want: strings.Repeat("x", valueLimit)},
+		"a value of exactly the limit is still stored": {secret: external, value: strings.Repeat("x", openbao.MaxValue), want: strings.Repeat("x", openbao.MaxValue)},
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {

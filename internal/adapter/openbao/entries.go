@@ -19,10 +19,10 @@ import (
 	"github.com/nomad-site/site/internal/site"
 )
 
-// The bounds of a value. The storage's own is 1 MiB for the whole entry, in
+// The bounds of a value in bytes. The storage's own is 1 MiB for the whole entry, in
 // which the engine keeps the value as JSON: "<" takes six bytes there.
 const (
-	maxValue   = 512 * 1024
+	MaxValue   = 512 * 1024
 	maxEncoded = 1020 * 1024
 )
 
@@ -167,27 +167,28 @@ func (*ConflictError) Hint() string {
 type ValueError struct{ Name, Reason, Fix string }
 
 func (e *ValueError) Error() string {
-	return fmt.Sprintf("the value of secret %s %s", e.Name, e.Reason)
+	return fmt.Sprintf("secret %s: the value %s", e.Name, e.Reason)
 }
 
 // Hint implements plan.Hinter.
 func (e *ValueError) Hint() string { return e.Fix }
+
+const encodeFix = "encode it, such as with base64, and decode it where it is used"
 
 // CheckValue refuses what the engine would not keep, or not as it is.
 func CheckValue(entry site.Secret, value secret.Value) error {
 	name := entry.FullName()
 	switch content := value.Reveal(); {
 	case content == "":
-		return &ValueError{Name: name, Reason: "is empty", Fix: "give a value"}
-	case len(content) > maxValue:
-		return &ValueError{Name: name, Reason: fmt.Sprintf("has %d bytes; at most %d are kept", len(content), maxValue),
-			Fix: "keep large files elsewhere, and the key to them as the secret"}
+		return &ValueError{Name: name, Reason: "is empty", Fix: "give the value itself; a newline alone is none"}
+	case len(content) > MaxValue:
+		return &ValueError{Name: name, Reason: fmt.Sprintf("has %d bytes, the most is %d", len(content), MaxValue),
+			Fix: "keep big files in object storage, and a key to them here"}
 	case !utf8.ValidString(content):
-		return &ValueError{Name: name, Reason: "is not text in UTF-8", Fix: "encode it first, such as with: base64"}
+		return &ValueError{Name: name, Reason: "is not UTF-8 text", Fix: encodeFix}
 	default:
 		if encoded, err := json.Marshal(content); err != nil || len(encoded) > maxEncoded {
-			return &ValueError{Name: name, Reason: fmt.Sprintf("has %d bytes as JSON; at most %d are kept", len(encoded), maxEncoded),
-				Fix: "encode it first, such as with: base64"}
+			return &ValueError{Name: name, Reason: fmt.Sprintf("has %d bytes as JSON, the most is %d", len(encoded), maxEncoded), Fix: encodeFix}
 		}
 		return nil
 	}

@@ -115,8 +115,8 @@ func TestValuesThatWouldNotBeKeptAsTheyAreAreRefused(t *testing.T) {
 	operator := s.operator(t, "secrets")
 	entry := site.Secret{Component: "shop", Name: "large"}
 	for name, content := range map[string]string{
-		"empty": "", "one byte too many": strings.Repeat("x", maxValue+1), "not text": planted + "\xff\xfe",
-		"too large as JSON": strings.Repeat("<", maxValue),
+		"empty": "", "one byte too many": strings.Repeat("x", MaxValue+1), "not text": planted + "\xff\xfe",
+		"too large as JSON": strings.Repeat("<", MaxValue),
 	} {
 		var refused *ValueError
 		_, err := operator.Write(t.Context(), entry, secret.New(content), 0, nil)
@@ -124,7 +124,7 @@ func TestValuesThatWouldNotBeKeptAsTheyAreAreRefused(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	whole := strings.Repeat("<ä\n-----", maxValue/9)
+	whole := strings.Repeat("<ä\n-----", MaxValue/9)
 	if _, err := operator.Write(t.Context(), entry, secret.New(whole), 0, nil); err != nil {
 		t.Fatal(err)
 	}
