@@ -109,25 +109,10 @@ bootstrap and for recovery, not for daily deploys. Keep it in a safe.
 	command.AddCommand(&cobra.Command{
 		Use: "new FILE", Short: "Write a new site root token to a file of mode 0600", Args: cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
-			token, recipient, err := seal.NewRootToken()
-			if err != nil {
+			if err := seal.WriteNewRootToken(args[0]); err != nil {
 				return err
 			}
-			if err := os.MkdirAll(filepath.Dir(args[0]), 0o755); err != nil {
-				return fmt.Errorf("write the site root token: %w", err)
-			}
-			file, err := os.OpenFile(args[0], os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-			if errors.Is(err, os.ErrExist) {
-				return plan.WithHint(fmt.Errorf("%s exists", args[0]), "a site root token is never overwritten: name another file")
-			}
-			if err != nil {
-				return fmt.Errorf("write the site root token: %w", err)
-			}
-			_, err = file.WriteString(strings.Join([]string{"# site root token, public part " + recipient, token.Reveal(), ""}, "\n"))
-			if err = errors.Join(err, file.Sync(), file.Close()); err != nil {
-				return fmt.Errorf("write the site root token: %w", err)
-			}
-			_, err = fmt.Fprintln(env.Out, args[0])
+			_, err := fmt.Fprintln(env.Out, args[0])
 			return err
 		},
 	})

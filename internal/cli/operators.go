@@ -95,19 +95,20 @@ func newOperatorsList(env Environment, flags *globalFlags) *cobra.Command {
 				Name        string `json:"name"`
 				Type        string `json:"key_type"`
 				Fingerprint string `json:"fingerprint"`
+				Rights      string `json:"rights"`
 			}
 			rows := []row{}
 			for _, operator := range tree.site.Operators {
 				keyType, fingerprint := operator.Fingerprint()
-				rows = append(rows, row{operator.Name, keyType, fingerprint})
+				rows = append(rows, row{operator.Name, keyType, fingerprint, operator.Rights})
 			}
 			if flags.json {
 				return printJSON(env.Out, map[string]any{"schema": "site.operators/v1", "site": tree.name, "operators": rows})
 			}
 			writer := tabwriter.NewWriter(env.Out, 0, 0, 3, ' ', 0)
-			_, _ = fmt.Fprintln(writer, "OPERATOR\tKEY\tFINGERPRINT")
+			_, _ = fmt.Fprintln(writer, "OPERATOR\tRIGHTS\tKEY\tFINGERPRINT")
 			for _, row := range rows {
-				_, _ = fmt.Fprintf(writer, "%s\t%s\t%s\n", row.Name, row.Type, row.Fingerprint)
+				_, _ = fmt.Fprintf(writer, "%s\t%s\t%s\t%s\n", row.Name, row.Rights, row.Type, row.Fingerprint)
 			}
 			return writer.Flush()
 		},
@@ -117,10 +118,10 @@ func newOperatorsList(env Environment, flags *globalFlags) *cobra.Command {
 }
 
 func newOperatorsAdd(env Environment, flags *globalFlags) *cobra.Command {
-	var name, keyFile string
+	var name, keyFile, rights string
 	command := &cobra.Command{
 		Use: "add NAME", Short: "Let somebody log in with an SSH key", Args: cobra.ExactArgs(1),
-		Example: "  site operators add alice --public-key-file=alice.pub",
+		Example: "  site operators add alice --public-key-file=alice.pub\n  site operators add cron --public-key-file=cron.pub --rights=rotate",
 		RunE: func(_ *cobra.Command, args []string) error {
 			if keyFile == "" {
 				return plan.WithHint(errors.New("--public-key-file is not given"), "name the file with their public key, such as alice.pub")
@@ -133,7 +134,7 @@ func newOperatorsAdd(env Environment, flags *globalFlags) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			changed, err := site.AddOperator(tree.content, args[0], string(content))
+			changed, err := site.AddOperatorWithRights(tree.content, args[0], string(content), rights)
 			if err != nil {
 				return err
 			}
@@ -142,6 +143,7 @@ func newOperatorsAdd(env Environment, flags *globalFlags) *cobra.Command {
 	}
 	command.Flags().StringVar(&name, "site", "", "the site; may be left out when there is one")
 	command.Flags().StringVar(&keyFile, "public-key-file", "", "their public key")
+	command.Flags().StringVar(&rights, "rights", site.RightsDeploy, `"deploy", or "rotate" for a machine that only rotates secrets`)
 	return command
 }
 

@@ -30,7 +30,7 @@ command line and shown only by get --reveal.
 `,
 	}
 	command.AddCommand(newSecretsStatus(env, flags), newSecretsImport(env, flags), newSecretsSet(env, flags),
-		newSecretsGet(env, flags), newSecretsVerify(env, flags))
+		newSecretsGet(env, flags), newSecretsVerify(env, flags), newSecretsRotate(env, flags), newSecretsHistory(env, flags))
 	return command
 }
 
@@ -55,7 +55,7 @@ func newSecretsStatus(env Environment, flags *globalFlags) *cobra.Command {
 				err = printSecrets(env.Out, status)
 			}
 			for _, row := range status.Secrets {
-				if err == nil && check && row.State != deploy.SecretOK {
+				if err == nil && check && row.State != deploy.SecretOK && row.State != deploy.SecretRotating && row.State != deploy.SecretRetiring {
 					return errChanges
 				}
 			}
@@ -63,7 +63,7 @@ func newSecretsStatus(env Environment, flags *globalFlags) *cobra.Command {
 		},
 	}
 	of.add(command)
-	command.Flags().BoolVar(&check, "check", false, "exit with code 2 if a value is missing, or expires soon")
+	command.Flags().BoolVar(&check, "check", false, "exit with code 2 if a value is missing, expires soon, or is due for rotation")
 	return command
 }
 
@@ -73,16 +73,19 @@ func printSecrets(w io.Writer, status deploy.SecretsStatus) error {
 		return err
 	}
 	writer := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
-	_, _ = fmt.Fprintln(writer, "SECRET\tSTATE\tSOURCE\tGENERATION\tAGE\tEXPIRES\tCONSUMERS")
+	_, _ = fmt.Fprintln(writer, "SECRET\tSTATE\tSOURCE\tGENERATION\tAGE\tDUE\tEXPIRES\tCONSUMERS")
 	for _, row := range status.Secrets {
-		age, expires := "-", "-"
+		age, due, expires := "-", "-", "-"
 		if row.Created != nil {
 			age = strings.TrimSuffix(humanize.Time(*row.Created), " ago")
 		}
 		if row.Expires != nil {
 			expires = row.Expires.Format(time.DateOnly)
 		}
-		_, _ = fmt.Fprintf(writer, "%s\t%s\t%s\t%d\t%s\t%s\t%s\n", row.Name, row.State, row.Source, row.Generation, age, expires,
+		if row.Due != nil {
+			due = row.Due.Format(time.DateOnly)
+		}
+		_, _ = fmt.Fprintf(writer, "%s\t%s\t%s\t%d\t%s\t%s\t%s\t%s\n", row.Name, row.State, row.Source, row.Generation, age, due, expires,
 			strings.Join(row.Consumers, ", "))
 	}
 	return writer.Flush()
@@ -146,7 +149,8 @@ input, or from what a command prints, such as a password manager's. With
 --from-folder it brings several: files named like the secrets. Everything that
 is wrong is said at once, and then nothing is stored.
 
-The job that reads a secret gets its new value by itself.
+The jobs that read a secret get a new value at the next deploy; site secrets
+rotate NAME --from-file brings it to them at once, and tries it before.
 `,
 		Example: `  site secrets import shop.stripe_key --from-file=stripe.key
   site secrets import shop.stripe_key --from-file=- < stripe.key

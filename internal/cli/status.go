@@ -61,5 +61,8 @@ func printStatus(env Environment, status deploy.Status) error {
 	if status.Release != nil {
 		_, _ = fmt.Fprintf(writer, "\nrelease %s, commit %.12s, %s\n", status.Release.ID, status.Release.GitSHA, humanize.Time(status.Release.Created))
 	}
+	for _, warning := range status.Warnings {
+		_, _ = fmt.Fprintf(writer, "\nwarning: %s\n", warning)
+	}
 	return writer.Flush()
 }

@@ -27,6 +27,7 @@ func Bootstrap(ctx context.Context, options Options) (plan.Result, error) {
 			s.convergeSecrets(),
 			s.convergeDatabases(),
 			s.runWaves(),
+			s.closeOldLogins(),
 			s.recordRelease(),
 			s.askForSecrets(),
 		}
@@ -41,6 +42,7 @@ func Deploy(ctx context.Context, options Options) (plan.Result, error) {
 			s.checkInputs(),
 			s.connectHosts(),
 			s.refuseBareHosts(),
+			s.refuseRotators(),
 			s.placeSiteHost(),
 			s.takeLock("deploy"),
 			s.sendPlatformArtifacts(),
@@ -53,6 +55,7 @@ func Deploy(ctx context.Context, options Options) (plan.Result, error) {
 			s.convergeSecrets(),
 			s.convergeDatabases(),
 			s.runWaves(),
+			s.closeOldLogins(),
 			s.recordRelease(),
 			s.askForSecrets(),
 		}

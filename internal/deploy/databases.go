@@ -16,6 +16,7 @@ import (
 	"github.com/nomad-site/site/internal/plan"
 	"github.com/nomad-site/site/internal/reconcile/host"
 	"github.com/nomad-site/site/internal/reconcile/role"
+	catalogue "github.com/nomad-site/site/internal/reconcile/secret"
 	"github.com/nomad-site/site/internal/secret"
 	"github.com/nomad-site/site/internal/site"
 )
@@ -56,6 +57,22 @@ func (s *session) convergeDatabases() plan.Step {
 	}, s.hasPostgres}
 }
 
+// closeOldLogins takes the login of roles away that alternate since this run,
+// once no job uses it any more.
+func (s *session) closeOldLogins() plan.Step {
+	step := s.convergeDatabases()
+	var found []plan.Change
+	return where{act{
+		title: "old logins",
+		plan: func(ctx context.Context) (changes []plan.Change, err error) {
+			s.renamed = nil
+			found, err = step.Plan(ctx)
+			return found, err
+		},
+		apply: func(ctx context.Context, progress plan.Progress) error { return step.Apply(ctx, found, progress) },
+	}, func() bool { return len(s.renamed) > 0 && s.hasPostgres() }}
+}
+
 // desiredRoles reads the passwords that roles must have. A role whose password
 // nobody gave yet is made without one: nobody can log in as it.
 func (s *session) desiredRoles(ctx context.Context) (role.Desired, error) {
@@ -63,12 +80,28 @@ func (s *session) desiredRoles(ctx context.Context) (role.Desired, error) {
 	if s.bao == nil && slices.ContainsFunc(desired.Roles, func(one site.Role) bool { return one.Password != "" }) {
 		return desired, &plan.UnknownError{Until: "openbao"}
 	}
-	desired.Passwords = map[string]secret.Value{}
+	desired.Passwords, desired.Logins = map[string]secret.Value{}, map[string][]role.Login{}
 	var mutex sync.Mutex
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(10)
 	for _, one := range desired.Roles {
 		if one.Password == "" {
+			continue
+		}
+		if one.Alternating {
+			group.Go(func() error {
+				logins, err := s.loginsOf(ctx, one, s.entries[one.Password].Rotation())
+				if len(logins) > 0 && s.renamed[one.Password] {
+					// What ran before it alternated logs in as the role itself.
+					logins = append(logins, role.Login{Name: one.Name, Password: logins[0].Password})
+				}
+				mutex.Lock()
+				defer mutex.Unlock()
+				if len(logins) > 0 {
+					desired.Logins[one.Name] = logins
+				}
+				return err
+			})
 			continue
 		}
 		group.Go(func() error {
@@ -125,3 +158,55 @@ func (o observing) Message(format string, args ...any) {
 
 // Bytes implements plan.Progress.
 func (observing) Bytes(string, int64, int64) {}
+
+// loginsOf are who may log in for an alternating role: the active generation,
+// the one that is being tried, and the old one until it is retired.
+func (s *session) loginsOf(ctx context.Context, one site.Role, state catalogue.Rotation) ([]role.Login, error) {
+	var logins []role.Login
+	for _, generation := range []int{state.Active, state.Candidate, state.Retiring} {
+		if generation == 0 {
+			continue
+		}
+		fields, err := s.bao.ReadGeneration(ctx, *s.site.Secret(one.Password), generation)
+		var none *openbao.NoValueError
+		if errors.As(err, &none) {
+			continue // noted and not written yet, or gone
+		}
+		if err != nil {
+			return nil, err
+		}
+		login := role.Login{Name: fields.Username, Password: fields.Value}
+		if login.Name == "" {
+			login.Name, _ = one.Logins()
+		}
+		if !slices.ContainsFunc(logins, func(other role.Login) bool { return other.Name == login.Name }) {
+			logins = append(logins, login)
+		}
+	}
+	return logins, nil
+}
+
+// tryLogin logs in to the database of a role the way a job does: by TCP with
+// the password.
+func (s *session) tryLogin(ctx context.Context, of site.Role, name string, password secret.Value) error {
+	client := postgres.New(postgres.Options{Dial: s.servers()[0].conn.DialContext})
+	return client.Login(ctx, postgresAddress, s.databaseOf(of), name, password)
+}
+
+// databaseOf is a database that a role may connect to.
+func (s *session) databaseOf(of site.Role) string {
+	database := "postgres"
+	for _, component := range s.site.Components {
+		for _, one := range component.Databases {
+			if one.Owner == of.Name {
+				database = one.Name
+			}
+		}
+		for _, grant := range component.Grants {
+			if grant.Role == of.Name && grant.Object == site.OnDatabase {
+				database = grant.Database
+			}
+		}
+	}
+	return database
+}

@@ -17,7 +17,6 @@ import (
 	"github.com/nomad-site/site/internal/plan"
 	"github.com/nomad-site/site/internal/reconcile/host"
 	"github.com/nomad-site/site/internal/retry"
-	"github.com/nomad-site/site/internal/seal"
 )
 
 func (s *session) connectHosts() plan.Step {
@@ -62,6 +61,10 @@ func (s *session) document(h *remoteHost) (host.Document, error) {
 		return host.Document{}, err
 	}
 	input.OperatorsJWKS = string(keys)
+	if keys, err = nomad.RotatorsJWKS(operators); err != nil {
+		return host.Document{}, err
+	}
+	input.RotatorsJWKS = string(keys)
 	if input.Address, err = h.address(); err != nil {
 		return host.Document{}, err
 	}
@@ -72,15 +75,9 @@ func (s *session) document(h *remoteHost) (host.Document, error) {
 		}
 		input.ServerAddresses = append(input.ServerAddresses, address)
 	}
-	if s.material != nil && !s.credentialsHold(h) {
-		now := time.Now()
-		certificate, key, err := s.material.AgentCertificate(h.Name, s.site.Region, h.Server, []string{input.Address}, now)
-		if err != nil {
+	if s.material != nil {
+		if input.Credentials, err = s.credentials(h, input.Address, s.usualRules()); err != nil {
 			return host.Document{}, err
-		}
-		input.Credentials = &host.Credentials{
-			GossipKey: s.material.GossipKey, CACertPEM: s.material.CACertPEM, AgentCertPEM: certificate, AgentKeyPEM: key,
-			Expire: seal.AgentExpiry(now),
 		}
 	}
 	return host.Render(input)
@@ -103,29 +100,8 @@ func (s *session) warnOfExpiry() {
 	}
 }
 
-// credentialsHold reports whether the host's secret files are what was applied
-// and come from this init material: then they are not made anew.
-func (s *session) credentialsHold(h *remoteHost) bool {
-	if h.applied == nil || h.applied.FileSHA256(host.CACertPath) != hexSum([]byte(s.material.CACertPEM)) {
-		return false
-	}
-	if time.Until(h.applied.CredentialsExpire) < renewBefore {
-		return false
-	}
-	if h.observed == nil {
-		return true
-	}
-	for _, path := range host.CredentialPaths() {
-		seen := h.observed.Files[path]
-		if !seen.Exists || seen.SHA256 != h.applied.FileSHA256(path) {
-			return false
-		}
-	}
-	return true
-}
-
 // observeHosts renders each host's document and observes the host against it.
-func (s *session) observeHosts(ctx context.Context) (perHost[host.Document], error) {
+func (s *session) observeHosts(ctx context.Context, render renderer) (perHost[host.Document], error) {
 	if err := s.needSiteHost(); err != nil {
 		return nil, err
 	}
@@ -136,7 +112,7 @@ func (s *session) observeHosts(ctx context.Context) (perHost[host.Document], err
 	documents := perHost[host.Document]{}
 	var mutex sync.Mutex
 	err := s.each(ctx, s.hosts, func(ctx context.Context, h *remoteHost) error {
-		document, err := s.document(h)
+		document, err := render(h)
 		if err != nil {
 			return err
 		}
@@ -145,7 +121,7 @@ func (s *session) observeHosts(ctx context.Context) (perHost[host.Document], err
 				return err
 			}
 			// Whether the credentials hold is known only now.
-			if document, err = s.document(h); err != nil {
+			if document, err = render(h); err != nil {
 				return err
 			}
 		}
@@ -168,20 +144,23 @@ func (s *session) diffHosts(documents perHost[host.Document]) []plan.Change {
 	return changes
 }
 
+// renderer makes a host's document.
+type renderer func(*remoteHost) (host.Document, error)
+
 // hostStep is a step over the hosts' documents, for the changes that it keeps.
-func (s *session) hostStep(title string, keep func(plan.Change) bool,
+func (s *session) hostStep(title string, render renderer, keep func(plan.Change) bool,
 	converge func(context.Context, perHost[host.Document], []plan.Change, plan.Progress) error,
 ) plan.Step {
 	return &plan.Reconciler[struct{}, perHost[host.Document]]{
 		Title:  title,
 		Desire: func(context.Context) (struct{}, error) { return struct{}{}, nil },
 		Observe: func(ctx context.Context, _ struct{}) (perHost[host.Document], error) {
-			return s.observeHosts(ctx)
+			return s.observeHosts(ctx, render)
 		},
 		Diff: func(_ struct{}, documents perHost[host.Document]) []plan.Change {
 			return slices.DeleteFunc(s.diffHosts(documents), func(change plan.Change) bool { return !keep(change) })
 		},
-		Settled: func(ctx context.Context, _ struct{}) error { return s.hostsSettled(ctx, keep) },
+		Settled: func(ctx context.Context, _ struct{}) error { return s.hostsSettled(ctx, render, keep) },
 		Converge: func(ctx context.Context, _ struct{}, documents perHost[host.Document], changes []plan.Change, progress plan.Progress) error {
 			defer func() {
 				for _, h := range s.hosts {
@@ -195,13 +174,13 @@ func (s *session) hostStep(title string, keep func(plan.Change) bool,
 
 // hostsSettled waits until nothing differs any more: units take a moment to
 // start. One that does not start is explained by its journal.
-func (s *session) hostsSettled(ctx context.Context, keep func(plan.Change) bool) error {
+func (s *session) hostsSettled(ctx context.Context, render renderer, keep func(plan.Change) bool) error {
 	var left []plan.Change
 	err := retry.Until(ctx, "the host to be as its document says", min(settleLimit, s.left()), func(ctx context.Context) error {
 		for _, h := range s.hosts {
 			h.observed = nil
 		}
-		documents, err := s.observeHosts(ctx)
+		documents, err := s.observeHosts(ctx, render)
 		if err != nil {
 			return retry.Permanent(err)
 		}
@@ -246,7 +225,7 @@ func (s *session) journal(ctx context.Context, change plan.Change) string {
 
 // installPackages installs the locked .deb closure offline: the host fetches nothing.
 func (s *session) installPackages() plan.Step {
-	return s.hostStep("packages", isPackage, func(ctx context.Context, _ perHost[host.Document], changes []plan.Change, progress plan.Progress) error {
+	return s.hostStep("packages", s.document, isPackage, func(ctx context.Context, _ perHost[host.Document], changes []plan.Change, progress plan.Progress) error {
 		bundle := make([]packageFile, 0, len(s.platform.debs))
 		for _, deb := range s.platform.debs {
 			bundle = append(bundle, packageFile{deb.Name, deb.Version, deb.Architecture, deb.SHA256})
@@ -278,53 +257,58 @@ type packageFile struct {
 // convergeHosts applies the documents with Ansible, on the hosts and for the
 // paths that differ.
 func (s *session) convergeHosts() plan.Step {
-	return s.hostStep("host", func(change plan.Change) bool { return !isPackage(change) },
-		func(ctx context.Context, documents perHost[host.Document], changes []plan.Change, progress plan.Progress) error {
-			folder, release, err := ansible.WorkFolder()
-			if err != nil {
-				return err
+	return s.hostStep("host", s.document, func(change plan.Change) bool { return !isPackage(change) }, s.applyDocuments)
+}
+
+// applyDocuments applies the documents with Ansible, for the changes that are given.
+func (s *session) applyDocuments(ctx context.Context, documents perHost[host.Document], changes []plan.Change, progress plan.Progress) error {
+	folder, release, err := ansible.WorkFolder()
+	if err != nil {
+		return err
+	}
+	defer release()
+	var runs []ansible.Host
+	for _, h := range s.hosts {
+		run := ansible.Host{Name: h.Name, Document: documents[h.Name], Sudo: h.conn.User() != "root"}
+		for _, change := range changes {
+			if change.Host != h.Name {
+				continue
 			}
-			defer release()
-			var runs []ansible.Host
-			for _, h := range s.hosts {
-				run := ansible.Host{Name: h.Name, Document: documents[h.Name], Sudo: h.conn.User() != "root"}
-				for _, change := range changes {
-					if change.Host != h.Name {
-						continue
-					}
-					run.Targets = append(run.Targets, change.Target)
-					if change.Action == plan.Restart {
-						run.Restart = append(run.Restart, change.Target)
-					}
-				}
-				if len(run.Targets) == 0 {
-					continue
-				}
-				if err := s.haveContents(h, run); err != nil {
-					return err
-				}
-				if run.SSHConfig, err = h.conn.WriteSSHConfig(filepath.Join(folder, h.Name)); err != nil {
-					return err
-				}
-				runs = append(runs, run)
+			run.Targets = append(run.Targets, change.Target)
+			switch change.Action { //nolint:exhaustive // the others are in the document
+			case plan.Restart:
+				run.Restart = append(run.Restart, change.Target)
+			case plan.Reload:
+				run.Reload = append(run.Reload, change.Target)
 			}
-			runner := ansible.Runner{
-				Executable: s.platform.ansible, Playbook: s.options.Platform.Playbook, Agent: os.Getenv("SSH_AUTH_SOCK"),
+		}
+		if len(run.Targets) == 0 {
+			continue
+		}
+		if err := s.haveContents(h, run); err != nil {
+			return err
+		}
+		if run.SSHConfig, err = h.conn.WriteSSHConfig(filepath.Join(folder, h.Name)); err != nil {
+			return err
+		}
+		runs = append(runs, run)
+	}
+	runner := ansible.Runner{
+		Executable: s.platform.ansible, Playbook: s.options.Platform.Playbook, Agent: os.Getenv("SSH_AUTH_SOCK"),
+	}
+	if err := runner.Apply(ctx, runs, progress); err != nil {
+		return err
+	}
+	// What was applied is now the base that secret files are judged by.
+	for _, run := range runs {
+		for _, h := range s.hosts {
+			if h.Name == run.Name {
+				public := run.Document.Public()
+				h.applied = &public
 			}
-			if err := runner.Apply(ctx, runs, progress); err != nil {
-				return err
-			}
-			// What was applied is now the base that secret files are judged by.
-			for _, run := range runs {
-				for _, h := range s.hosts {
-					if h.Name == run.Name {
-						public := run.Document.Public()
-						h.applied = &public
-					}
-				}
-			}
-			return nil
-		})
+		}
+	}
+	return nil
 }
 
 // haveContents refuses to write a secret file whose content nobody gave.

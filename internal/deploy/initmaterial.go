@@ -41,7 +41,7 @@ func (s *session) sealInitMaterial() plan.Step {
 				if err != nil {
 					return nil, err
 				}
-				sealed, err := seal.Seal(material, s.rootToken)
+				sealed, err := seal.Seal(material, s.recipients()...)
 				if err != nil {
 					return nil, err
 				}
@@ -107,7 +107,7 @@ func (s *session) newestMaterial(ctx context.Context) error {
 		if len(sealed) == 0 || s.material != nil && bytes.Equal(sealed, s.material.sealed) {
 			continue
 		}
-		theirs, err := seal.Open(sealed, s.rootToken, s.site.Name, h.Name+":"+host.InitPath)
+		theirs, err := seal.Open(sealed, s.openers(), s.site.Name, h.Name+":"+host.InitPath)
 		if err != nil {
 			return err
 		}
@@ -134,7 +134,7 @@ func (s *session) changeMaterial(ctx context.Context, change func(*seal.Material
 	material := s.material.Material
 	change(&material)
 	material.Generation++
-	sealed, err := seal.Seal(material, s.rootToken)
+	sealed, err := seal.Seal(material, s.recipients()...)
 	if err != nil {
 		return err
 	}

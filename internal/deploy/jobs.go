@@ -173,10 +173,13 @@ func (s *session) waveStep(components []site.Component) *plan.Reconciler[[]*noma
 				}
 				actual[one.Desired.JobID] = found
 			}
-			return actual, job.Refuse(states(desired), actual)
+			if err := job.Refuse(states(desired), actual); err != nil {
+				return nil, err
+			}
+			return actual, s.observeLive(ctx, desired)
 		},
 		Diff: func(desired []*nomad.Prepared, actual map[string]job.Actual) []plan.Change {
-			return job.Diff(states(desired), actual)
+			return append(job.Diff(states(desired), actual), s.diffLive(desired)...)
 		},
 		Converge: func(ctx context.Context, desired []*nomad.Prepared, actual map[string]job.Actual, changes []plan.Change, progress plan.Progress) error {
 			return s.rollOut(ctx, desired, actual, changes, progress)
@@ -192,6 +195,36 @@ func states(prepared []*nomad.Prepared) []job.Desired {
 		desired[i] = one.Desired
 	}
 	return desired
+}
+
+// kindLive is the plan.Change kind of the generations that templates read which
+// restart nothing.
+const kindLive = "secret generations"
+
+// observeLive finds the jobs whose templates read other generations through
+// their Nomad variable.
+func (s *session) observeLive(ctx context.Context, desired []*nomad.Prepared) error {
+	for _, one := range desired {
+		pinned := s.pinned[one.Desired.Component]
+		differs, err := s.liveDiffers(ctx, pinned.live)
+		if err != nil {
+			return err
+		}
+		pinned.stale = differs
+	}
+	return nil
+}
+
+func (s *session) diffLive(desired []*nomad.Prepared) []plan.Change {
+	var changes []plan.Change
+	for _, one := range desired {
+		if s.pinned[one.Desired.Component].stale {
+			changes = append(changes, plan.Change{
+				Action: plan.Update, Kind: kindLive, Target: one.Desired.JobID, Reason: "its templates follow without a restart",
+			})
+		}
+	}
+	return changes
 }
 
 // prepare has Nomad parse a component's jobspec, with the addresses of its artifacts.
@@ -228,9 +261,16 @@ func (s *session) prepare(ctx context.Context, component site.Component) (*nomad
 	if err != nil {
 		return nil, err
 	}
-	return nomad.Prepare(parsed, nomad.Brief{
-		Site: s.site.Name, Component: component.Name, GitSHA: s.sha, Artifacts: digests,
-	})
+	pins, err := s.pinsFor(component)
+	if err != nil {
+		return nil, err
+	}
+	pinned, err := pin(parsed, nomad.Brief{Site: s.site.Name, Component: component.Name, GitSHA: s.sha, Artifacts: digests}, pins)
+	if err != nil {
+		return nil, err
+	}
+	s.pinned[component.Name] = pinned
+	return pinned.Prepared, nil
 }
 
 func (s *session) artifactAddress(built builder.Built) string {
@@ -251,8 +291,14 @@ func (s *session) rollOut(ctx context.Context, desired []*nomad.Prepared, actual
 		if !slices.ContainsFunc(changes, func(change plan.Change) bool { return change.Target == id }) {
 			continue
 		}
+		moves := slices.ContainsFunc(changes, func(change plan.Change) bool { return change.Target == id && change.Kind == job.Kind })
 		group.Go(func() error {
-			if err := s.rollOutOne(ctx, one, actual[id], progress); err != nil {
+			// New tasks find their generations there.
+			err := s.nomad.PutLive(ctx, s.pinned[one.Desired.Component].live)
+			if err == nil && moves {
+				err = s.rollOutOne(ctx, one, actual[id], progress)
+			}
+			if err != nil {
 				mutex.Lock()
 				defer mutex.Unlock()
 				problems = append(problems, err)
@@ -313,12 +359,23 @@ func (s *session) maskOf(ctx context.Context, component string) (func(string) st
 		if s.bao == nil {
 			return nil, errors.New("not logged in to OpenBao")
 		}
-		value, _, err := s.bao.Read(ctx, one)
-		var none *openbao.NoValueError
-		if err != nil && !errors.As(err, &none) {
+		states, err := s.bao.ObserveEntries(ctx, []site.Secret{one})
+		if err != nil {
 			return nil, err
 		}
-		values = append(values, value)
+		// During a rotation allocations read other generations than the active one.
+		rotation := states[one.FullName()].Rotation()
+		for _, generation := range []int{rotation.Active, rotation.Candidate, rotation.Retiring} {
+			if generation == 0 {
+				continue
+			}
+			fields, err := s.bao.ReadGeneration(ctx, one, generation)
+			var none *openbao.NoValueError
+			if err != nil && !errors.As(err, &none) {
+				return nil, err
+			}
+			values = append(values, fields.Value)
+		}
 	}
 	return secret.Mask(values...), nil
 }

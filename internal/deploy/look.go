@@ -35,6 +35,8 @@ type Status struct {
 	Unreachable []string    `json:"unreachable,omitempty"`
 	Jobs        []nomad.Row `json:"jobs"`
 	Release     *Release    `json:"release,omitempty"`
+	// Warnings are of what ends soon, or is due: secrets and certificates.
+	Warnings []string `json:"warnings,omitempty"`
 }
 
 // Release is the latest one.
@@ -84,6 +86,9 @@ func ReadStatus(ctx context.Context, options Options) (Status, error) {
 	if latest != nil {
 		status.Release = releaseOf(*latest)
 	}
+	s.options.Warn = func(warning string) { status.Warnings = append(status.Warnings, warning) }
+	s.warnOfExpiry()
+	status.Warnings = append(status.Warnings, ageWarnings(s.site.Secrets(), readSummary(ctx, s.servers()[0]).states(), time.Now())...)
 	return status, err
 }
 

@@ -16,6 +16,7 @@ import (
 	"github.com/nomad-site/site/internal/reconcile/host"
 	"github.com/nomad-site/site/internal/retry"
 	"github.com/nomad-site/site/internal/secret"
+	"github.com/nomad-site/site/internal/site"
 )
 
 const (
@@ -116,7 +117,7 @@ func (s *session) operators() ([]nomad.Operator, error) {
 		if err != nil {
 			return nil, fmt.Errorf("operator %s: %w", operator.Name, err)
 		}
-		operators = append(operators, nomad.Operator{Name: operator.Name, PublicKeyPEM: pem})
+		operators = append(operators, nomad.Operator{Name: operator.Name, PublicKeyPEM: pem, Rights: operator.Rights})
 	}
 	return operators, nil
 }
@@ -223,6 +224,22 @@ func (s *session) operatorKey() (gossh.Signer, string, error) {
 		"load the key into your SSH agent, or have your public key added to sites/%s/site.hcl", s.site.Name)
 }
 
+// refuseRotators ends a deploy by an operator who only rotates secrets, before it
+// touches a host.
+func (s *session) refuseRotators() plan.Step {
+	return check{title: "operator may deploy", run: func(context.Context) error {
+		if s.material != nil {
+			return nil
+		}
+		_, operator, err := s.operatorKey()
+		if err != nil || s.rightsOf(operator) != site.RightsRotate {
+			return nil // whose login fails is told so where it is tried
+		}
+		return plan.WithHint(fmt.Errorf("operator %s may rotate secrets and nothing else", operator),
+			"deploy with the key of an operator that has all rights: see `site operators list`")
+	}}
+}
+
 // clientsReady waits until jobs can be placed.
 func (s *session) clientsReady(ctx context.Context, progress plan.Progress) error {
 	return s.nomad.Ready(ctx, nomad.ReadyOptions{Nodes: s.clients(), Limit: min(readyLimit, s.left())}, progress)
@@ -238,7 +255,11 @@ func (s *session) shortToken(ctx context.Context) (secret.Value, time.Time, erro
 	if err != nil {
 		return secret.Value{}, time.Time{}, err
 	}
-	token, expiry, err := s.nomad.Login(ctx, signed)
+	logIn := s.nomad.Login
+	if s.rightsOf(operator) == site.RightsRotate {
+		logIn = s.nomad.LoginRotator
+	}
+	token, expiry, err := logIn(ctx, signed)
 	if err != nil {
 		return secret.Value{}, time.Time{}, fmt.Errorf("log in to Nomad as operator %s: %w", operator, err)
 	}

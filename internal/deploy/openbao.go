@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"sync"
 	"time"
 
 	"github.com/nomad-site/site/internal/adapter/nomad"
@@ -15,6 +14,7 @@ import (
 	"github.com/nomad-site/site/internal/reconcile/host"
 	catalogue "github.com/nomad-site/site/internal/reconcile/secret"
 	"github.com/nomad-site/site/internal/retry"
+	"github.com/nomad-site/site/internal/secret"
 	"github.com/nomad-site/site/internal/site"
 )
 
@@ -61,7 +61,7 @@ func (s *session) desiredEngine(ctx context.Context) (catalogue.Engine, error) {
 		return catalogue.Engine{}, err
 	}
 	for _, operator := range known {
-		operators = append(operators, catalogue.Operator{Name: operator.Name, PublicKeyPEM: operator.PublicKeyPEM})
+		operators = append(operators, catalogue.Operator{Name: operator.Name, PublicKeyPEM: operator.PublicKeyPEM, Rights: operator.Rights})
 	}
 	keys, err := s.hostKeys(ctx)
 	if err != nil {
@@ -80,18 +80,7 @@ func (s *session) hostKeys(ctx context.Context) ([]string, error) {
 		}
 		verb = "show"
 	}
-	var mutex sync.Mutex
-	var keys []string
-	err := s.each(ctx, s.hosts, func(ctx context.Context, h *remoteHost) error {
-		var answer struct {
-			PublicKeyPEM string `json:"public_key_pem"`
-		}
-		err := h.siteHost(ctx, nil, &answer, "host-key", verb)
-		mutex.Lock()
-		defer mutex.Unlock()
-		keys = append(keys, answer.PublicKeyPEM)
-		return err
-	})
+	keys, err := s.askHostKeys(ctx, verb)
 	var exit *ssh.ExitError
 	if s.options.DryRun && errors.As(err, &exit) && exit.Code == exitNotThere {
 		return nil, &plan.UnknownError{Until: platformStep}
@@ -131,7 +120,8 @@ func (s *session) logInToOpenBao(ctx context.Context, client *openbao.Client, pu
 	if err != nil {
 		return err
 	}
-	token, _, err := client.Login(ctx, catalogue.OperatorsMount, catalogue.OperatorRole, signed)
+	mount, role := catalogue.OperatorLogin(s.rightsOf(operator))
+	token, _, err := client.Login(ctx, mount, role, signed)
 	if err != nil {
 		return fmt.Errorf("log in to OpenBao as operator %s: %w", operator, err)
 	}
@@ -145,11 +135,21 @@ func (s *session) logInToOpenBao(ctx context.Context, client *openbao.Client, pu
 		return logged.RevokeSelf(ctx)
 	})
 	s.bao = logged
-	if purpose != purposeDeploy {
+	if purpose != purposeDeploy || role == catalogue.RotatorRole { // which may not look for tokens
 		return nil
 	}
 	_, err = logged.Sweep(ctx, openbao.SweepOptions{Purpose: purposeDeploy})
 	return err
+}
+
+// rightsOf is what site.hcl lets an operator do.
+func (s *session) rightsOf(operator string) string {
+	for _, one := range s.site.Operators {
+		if one.Name == operator {
+			return one.Rights
+		}
+	}
+	return ""
 }
 
 // renewInterval is well below the ten minutes that a token lives unless renewed.
@@ -259,7 +259,7 @@ func (s *session) unsealKeyOnHost(ctx context.Context) (bool, error) {
 	if s.material == nil || s.material.OpenBaoUnsealKey.IsZero() {
 		return sum.Exists, nil
 	}
-	return sum.Exists && sum.SHA256 == hexSum([]byte(s.material.OpenBaoUnsealKey.Reveal())), nil
+	return sum.Exists && sum.SHA256 == hexSum(s.unsealKeys()), nil
 }
 
 func (s *session) diffOpenBao(desired catalogue.Engine, actual openBaoState) []plan.Change {
@@ -317,7 +317,7 @@ func (s *session) applyOpenBao(ctx context.Context, desired catalogue.Engine, ac
 		if err != nil {
 			return err
 		}
-		if err := client.Unseal(ctx, s.material.OpenBaoUnsealKey); err != nil {
+		if _, err := s.withUnsealKey(func(key secret.Value) error { return client.Unseal(ctx, key) }); err != nil {
 			return err
 		}
 	}

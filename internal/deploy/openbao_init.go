@@ -100,7 +100,11 @@ func (s *session) readmitOperators(ctx context.Context, desired catalogue.Engine
 		return err
 	}
 	progress.Message("making a root token from the unseal key")
-	token, err := client.GenerateRoot(ctx, s.material.OpenBaoUnsealKey)
+	var token secret.Value
+	unsealKey, err := s.withUnsealKey(func(key secret.Value) (err error) {
+		token, err = client.GenerateRoot(ctx, key)
+		return err
+	})
 	if err != nil {
 		return err
 	}
@@ -109,12 +113,16 @@ func (s *session) readmitOperators(ctx context.Context, desired catalogue.Engine
 		return err
 	}
 	held := s.temporary.hold("a root token of OpenBao", func(ctx context.Context) error {
-		return s.revokeRoot(ctx, root, s.material.OpenBaoUnsealKey)
+		return s.revokeRoot(ctx, root, unsealKey)
 	})
 	if err := convergeEngine(ctx, root, desired, progress); err != nil {
 		return err
 	}
 	if err := s.logInToOpenBao(ctx, client, purposeDeploy); err != nil {
+		return err
+	}
+	// Whoever was an operator before may be logged in still.
+	if _, err := s.bao.RevokeOperators(ctx, s.operatorNames()); err != nil {
 		return err
 	}
 	progress.Message("revoking the root token")
@@ -230,5 +238,5 @@ func (s *session) wipeOpenBao(ctx context.Context, progress plan.Progress) error
 }
 
 func (s *session) putUnsealKey(ctx context.Context) error {
-	return s.openBaoHost().siteHost(ctx, []byte(s.material.OpenBaoUnsealKey.Reveal()), nil, "file", "put", host.UnsealKeyPath, "--mode", "0600")
+	return s.openBaoHost().siteHost(ctx, s.unsealKeys(), nil, "file", "put", host.UnsealKeyPath, "--mode", "0600")
 }

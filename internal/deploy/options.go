@@ -21,6 +21,9 @@ type Options struct {
 	Revision string
 	// RootTokenFile holds the site root token; empty for a daily deploy.
 	RootTokenFile string
+	// NewRootTokenFile is what init.age is to be sealed to anew: made where there is
+	// none. Empty but for a rotation of the site root token.
+	NewRootTokenFile string
 	// Timeout bounds the whole run; zero for the site's own deadline.
 	Timeout time.Duration
 	// Only restricts a deploy to these components; empty for all.

@@ -152,7 +152,7 @@ func TestAgentsAdvertiseTheHostsAddress(t *testing.T) {
 }
 
 func TestCredentialsAreMadeAnewOnlyWhereTheyDoNotHold(t *testing.T) {
-	const ca = "the site's CA"
+	const ca, previous = "the site's CA", "the one before"
 	fresh := func() *remoteHost {
 		h := &remoteHost{
 			applied:  &host.Document{CredentialsExpire: time.Now().Add(10 * 365 * 24 * time.Hour)},
@@ -169,7 +169,7 @@ func TestCredentialsAreMadeAnewOnlyWhereTheyDoNotHold(t *testing.T) {
 		return h
 	}
 	s := testSession(Options{})
-	s.material = &materialState{Material: seal.Material{CACertPEM: ca}}
+	s.material = &materialState{Material: seal.Material{CACertPEM: ca, PreviousCACertPEM: previous}}
 	for _, test := range []struct {
 		name   string
 		change func(*remoteHost)
@@ -179,16 +179,21 @@ func TestCredentialsAreMadeAnewOnlyWhereTheyDoNotHold(t *testing.T) {
 		{"nothing was observed yet", func(h *remoteHost) { h.observed = nil }, true},
 		{"nothing was applied", func(h *remoteHost) { h.applied = nil }, false},
 		{"another CA was applied", func(h *remoteHost) { h.applied.Files[1].SHA256 = "other" }, false},
+		{"another CA signed it", func(h *remoteHost) { h.applied.CredentialsIssuer = "other" }, false},
+		{"the CA signed it and is not trusted alone", func(h *remoteHost) {
+			h.applied.Files[1].SHA256, h.applied.CredentialsIssuer = "a bundle", hexSum([]byte(ca))
+		}, true},
+		{"the CA before signed it, and is still trusted", func(h *remoteHost) { h.applied.CredentialsIssuer = hexSum([]byte(previous)) }, true},
 		{"the certificate ends soon", func(h *remoteHost) { h.applied.CredentialsExpire = time.Now().Add(renewBefore / 2) }, false},
 		{"a file is gone", func(h *remoteHost) { delete(h.observed.Files, host.AgentKeyPath) }, false},
 		{"a file was edited", func(h *remoteHost) {
-			h.observed.Files[host.GossipPath] = host.ObservedPath{Exists: true, SHA256: "edited"}
+			h.observed.Files[host.AgentCertPath] = host.ObservedPath{Exists: true, SHA256: "edited"}
 		}, false},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			h := fresh()
 			test.change(h)
-			if got := s.credentialsHold(h); got != test.want {
+			if got := s.certificateHolds(h, s.usualRules()); got != test.want {
 				t.Errorf("got %t", got)
 			}
 		})

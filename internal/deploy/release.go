@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"maps"
 	"reflect"
-	"slices"
 	"time"
 
 	"github.com/nomad-site/site/internal/plan"
@@ -24,11 +23,8 @@ func (s *session) recordRelease() plan.Step {
 				return nil, &plan.UnknownError{Until: "jobs"}
 			}
 			components := map[string]release.Component{}
-			for name, prepared := range s.jobs {
-				components[name] = release.Component{
-					SpecDigest: prepared.Desired.SpecDigest, Jobspec: string(prepared.Desired.Spec),
-					Artifacts: prepared.Desired.Artifacts, GitSHA: prepared.Desired.GitSHA,
-				}
+			for name := range s.jobs {
+				components[name] = s.pinned[name].component()
 			}
 			return components, nil
 		},
@@ -60,28 +56,42 @@ func (s *session) recordRelease() plan.Step {
 			return []plan.Change{change}
 		},
 		Converge: func(ctx context.Context, desired map[string]release.Component, _ *release.Record, _ []plan.Change, _ plan.Progress) error {
-			now := time.Now().UTC()
-			record := release.Record{
-				Schema: release.Schema, ID: now.Format("20060102T150405.000Z") + "-" + short(s.sha), Site: s.site.Name,
-				GitSHA: s.sha, Created: now, Components: desired, Status: "healthy",
-			}
-			if err := s.servers()[0].siteHost(ctx, record, nil, "release", "put", "--dir", host.ReleasesPath); err != nil {
-				return err
-			}
-			// The copy is small: the specs stay in the record on the host.
-			for _, name := range slices.Collect(maps.Keys(record.Components)) {
-				component := record.Components[name]
-				component.Jobspec = ""
-				record.Components[name] = component
-			}
-			encoded, err := json.Marshal(record)
-			if err != nil {
-				return fmt.Errorf("encode release: %w", err)
-			}
-			return s.nomad.PutReleaseVariable(ctx, "site/"+s.site.Name+"/release", encoded)
+			return s.putRelease(ctx, s.sha, desired)
 		},
 		Settled: func(context.Context, map[string]release.Component) error { return nil },
 	}
+}
+
+// component is what a release records of a job.
+func (p *pinnedJob) component() release.Component {
+	return release.Component{
+		SpecDigest: p.Desired.SpecDigest, Jobspec: string(p.unpinned),
+		Artifacts: p.Desired.Artifacts, Secrets: p.Desired.Secrets, GitSHA: p.Desired.GitSHA,
+	}
+}
+
+// putRelease writes the record of a new release.
+func (s *session) putRelease(ctx context.Context, sha string, components map[string]release.Component) error {
+	now := time.Now().UTC()
+	record := release.Record{
+		Schema: release.Schema, ID: now.Format("20060102T150405.000Z") + "-" + short(sha), Site: s.site.Name,
+		GitSHA: sha, Created: now, Components: components, Status: "healthy",
+	}
+	if err := s.servers()[0].siteHost(ctx, record, nil, "release", "put", "--dir", host.ReleasesPath); err != nil {
+		return err
+	}
+	// The copy is small: the specs stay in the record on the host.
+	brief := map[string]release.Component{}
+	for name, component := range components {
+		component.Jobspec = ""
+		brief[name] = component
+	}
+	record.Components = brief
+	encoded, err := json.Marshal(record)
+	if err != nil {
+		return fmt.Errorf("encode release: %w", err)
+	}
+	return s.nomad.PutReleaseVariable(ctx, "site/"+s.site.Name+"/release", encoded)
 }
 
 // latestRelease is nil for a site without any.

@@ -3,13 +3,14 @@ package deploy
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/nomad-site/site/internal/adapter/openbao"
 	"github.com/nomad-site/site/internal/adapter/program"
 	"github.com/nomad-site/site/internal/plan"
 	catalogue "github.com/nomad-site/site/internal/reconcile/secret"
@@ -24,6 +25,8 @@ type secretsState struct {
 	entries map[string]catalogue.EntryState
 	// inUse names, by secret, the deployed components that run on it.
 	inUse map[string][]string
+	// nameless are passwords of alternating roles that do not say whom they log in.
+	nameless []string
 }
 
 // convergeSecrets makes the values that the site makes itself, once, and finds
@@ -40,6 +43,15 @@ func (s *session) convergeSecrets() plan.Step {
 				s.options.Warn(fmt.Sprintf("secret %s in OpenBao is declared by no component: remove it with `bao kv metadata delete %s/%s`",
 					name, site.SecretMount, strings.Replace(name, ".", "/", 1)))
 			}
+			for _, warning := range ageWarnings(desired, actual.entries, time.Now()) {
+				s.options.Warn(warning)
+			}
+			for _, name := range actual.nameless {
+				changes = append(changes, plan.Change{
+					Action: plan.Update, Kind: catalogue.Kind, Target: name, Reason: "its role has two logins now: it names the one to use",
+					Precondition: catalogue.Precondition(actual.entries[name].Version),
+				})
+			}
 			for _, lost := range findings.Lost {
 				changes = append(changes, plan.Change{
 					Action: catalogue.Import, Kind: catalogue.Kind, Target: lost.Name,
@@ -52,6 +64,11 @@ func (s *session) convergeSecrets() plan.Step {
 			changes, findings := s.diffSecrets(desired, actual)
 			if err := findings.LostError(); err != nil {
 				return err
+			}
+			for _, name := range actual.nameless {
+				if err := s.nameLogin(ctx, actual, name); err != nil {
+					return err
+				}
 			}
 			for _, change := range changes {
 				if change.Action == catalogue.Import {
@@ -73,7 +90,7 @@ func (s *session) convergeSecrets() plan.Step {
 			if len(left) > 0 {
 				return &plan.NotSettledError{Left: left}
 			}
-			return nil
+			return s.keepSummary(ctx)
 		},
 	}
 }
@@ -96,6 +113,7 @@ func (s *session) remake() map[string]bool {
 
 func (s *session) observeSecrets(ctx context.Context, desired []site.Secret) (secretsState, error) {
 	if len(desired) == 0 {
+		s.entries = map[string]catalogue.EntryState{}
 		return secretsState{}, nil
 	}
 	if s.bao == nil {
@@ -109,7 +127,64 @@ func (s *session) observeSecrets(ctx context.Context, desired []site.Secret) (se
 	if err != nil {
 		return secretsState{}, err
 	}
-	return secretsState{entries: entries, inUse: inUse(desired, latest)}, nil
+	s.entries, s.recorded = entries, map[string]int{}
+	if latest != nil {
+		for _, component := range latest.Components {
+			maps.Copy(s.recorded, component.Secrets)
+		}
+	}
+	nameless, err := s.namelessLogins(ctx, desired)
+	return secretsState{entries: entries, inUse: inUse(desired, latest), nameless: nameless}, err
+}
+
+// namelessLogins finds the passwords that were made before their role alternated.
+func (s *session) namelessLogins(ctx context.Context, desired []site.Secret) ([]string, error) {
+	var nameless []string
+	for _, one := range desired {
+		if s.site.AlternatingRole(one.FullName()) == nil || !s.entries[one.FullName()].HasValue() {
+			continue
+		}
+		fields, _, err := s.bao.ReadActive(ctx, one)
+		if err != nil {
+			return nil, err
+		}
+		if fields.Username == "" {
+			nameless = append(nameless, one.FullName())
+		}
+	}
+	return nameless, nil
+}
+
+// nameLogin writes a password again, with the login that it is now of.
+func (s *session) nameLogin(ctx context.Context, actual secretsState, name string) error {
+	one := *s.site.Secret(name)
+	fields, _, err := s.bao.ReadActive(ctx, one)
+	if err != nil {
+		return err
+	}
+	s.renamed[name] = true
+	_, err = s.bao.WriteFields(ctx, one, s.fieldsOf(one, fields.Value, actual.entries[name]), actual.entries[name].Version, nil)
+	return err
+}
+
+// ageWarnings say which values end soon, and which rotations are due or unfinished.
+func ageWarnings(secrets []site.Secret, entries map[string]catalogue.EntryState, now time.Time) []string {
+	var warnings []string
+	for _, one := range secrets {
+		row := secretRow(one, entries[one.FullName()], nil, now)
+		if row.State == SecretExpires || row.State == SecretExpired {
+			warnings = append(warnings, fmt.Sprintf("secret %s: its value ends on %s; bring another with `site secrets rotate %s --from-file=FILE`",
+				row.Name, row.Expires.Format(time.DateOnly), row.Name))
+		}
+	}
+	for _, due := range catalogue.DueSecrets(secrets, entries, now) {
+		since := ""
+		if !due.Since.IsZero() {
+			since = " since " + due.Since.Local().Format(time.DateTime)
+		}
+		warnings = append(warnings, fmt.Sprintf("secret %s: its rotation is %s%s; run `site secrets rotate --due`", due.Name, due.Reason, since))
+	}
+	return warnings
 }
 
 // inUse looks into the jobs that were deployed: a secret that one of them reads
@@ -120,9 +195,9 @@ func inUse(secrets []site.Secret, latest *release.Record) map[string][]string {
 		return used
 	}
 	for _, one := range secrets {
-		path := site.SecretMount + "/data/" + one.KVPath() + `\"`
+		path := site.SecretMount + "/data/" + one.KVPath()
 		for name, component := range latest.Components {
-			if strings.Contains(component.Jobspec, path) {
+			if strings.Contains(component.Jobspec, path+`\"`) || strings.Contains(component.Jobspec, path+`?`) {
 				used[one.FullName()] = append(used[one.FullName()], name)
 			}
 		}
@@ -164,22 +239,24 @@ func (s *session) blockOn(findings catalogue.Findings) {
 // version that the diff saw.
 func (s *session) makeSecret(ctx context.Context, actual secretsState, name string, progress plan.Progress) error {
 	one := *s.site.Secret(name)
-	var value secret.Value
-	var err error
-	switch {
-	case one.Generated != nil:
-		value, err = catalogue.Generate(*one.Generated, rand.Reader)
-	case one.ProducedBy != nil && len(one.ProducedBy.Command) > 0:
-		progress.Message("%s: running %s", name, one.ProducedBy.Command[0])
-		value, err = s.runProducer(ctx, one)
-	default:
-		err = errors.New("it has no source that a deploy could use")
-	}
+	value, err := s.newValue(ctx, one, progress)
 	if err != nil {
 		return fmt.Errorf("secret %s: %w", name, err)
 	}
-	_, err = s.bao.Write(ctx, one, value, actual.entries[name].Version, nil)
+	_, err = s.bao.WriteFields(ctx, one, s.fieldsOf(one, value, actual.entries[name]), actual.entries[name].Version, nil)
 	return err
+}
+
+// fieldsOf are what is written of a value: the login of one that alternates stays
+// the one that state knows, and is the first one otherwise.
+func (s *session) fieldsOf(one site.Secret, value secret.Value, state catalogue.EntryState) openbao.Fields {
+	fields := openbao.Fields{Value: value}
+	if role := s.site.AlternatingRole(one.FullName()); role != nil {
+		if fields.Username = state.Rotation().Login; fields.Username == "" {
+			fields.Username, _ = role.Logins()
+		}
+	}
+	return fields
 }
 
 // producerLimit bounds a command that makes or checks a secret.
@@ -258,9 +335,17 @@ func (s *session) askForSecrets() plan.Step {
 }
 
 func (s *session) openOpenBao(ctx context.Context) error {
+	return s.openOpenBaoFor(ctx, purposeSecrets)
+}
+
+func (s *session) noSecretsEngine() error {
+	return plan.WithHint(fmt.Errorf("site %q has no secrets engine", s.site.Name),
+		"add `component %q {}` to sites/%s/site.hcl, commit it and deploy", site.OpenBaoComponent, s.site.Name)
+}
+
+func (s *session) openOpenBaoFor(ctx context.Context, purpose string) error {
 	if !s.hasOpenBao() {
-		return plan.WithHint(fmt.Errorf("site %q has no secrets engine", s.site.Name),
-			"add `component %q {}` to sites/%s/site.hcl, commit it and deploy", site.OpenBaoComponent, s.site.Name)
+		return s.noSecretsEngine()
 	}
 	client, health, err := s.dialOpenBao(ctx)
 	if err != nil {
@@ -274,5 +359,5 @@ func (s *session) openOpenBao(ctx context.Context) error {
 			return err
 		}
 	}
-	return s.logInToOpenBao(ctx, client, purposeSecrets)
+	return s.logInToOpenBao(ctx, client, purpose)
 }

@@ -20,6 +20,7 @@ import (
 	"github.com/nomad-site/site/internal/adapter/postgres"
 	"github.com/nomad-site/site/internal/adapter/ssh"
 	"github.com/nomad-site/site/internal/plan"
+	catalogue "github.com/nomad-site/site/internal/reconcile/secret"
 	"github.com/nomad-site/site/internal/seal"
 	"github.com/nomad-site/site/internal/secret"
 	"github.com/nomad-site/site/internal/site"
@@ -34,8 +35,12 @@ type session struct {
 	root, sha, tree, treeID string
 	site                    *site.Site
 	rootToken               secret.Value
-	material                *materialState
-	platform                platformArtifacts
+	// newRootToken is the one that init.age is being sealed to anew, and sealTo the
+	// tokens it is sealed to then; both empty in any other run.
+	newRootToken secret.Value
+	sealTo       []secret.Value
+	material     *materialState
+	platform     platformArtifacts
 	// built are the active components' artifacts, by component.
 	built map[string][]builder.Built
 	hosts []*remoteHost
@@ -44,6 +49,14 @@ type session struct {
 	nomad       *nomad.Client
 	// jobs collects what this run wants of each job, for the release record.
 	jobs map[string]*nomad.Prepared
+	// pinned are the same with the generations of secrets that they read.
+	pinned map[string]*pinnedJob
+	// entries are what OpenBao knows of the catalogue, once it was asked.
+	entries map[string]catalogue.EntryState
+	// recorded are the generations that jobs of the last release read.
+	recorded map[string]int
+	// renamed are passwords of roles that alternate since this run.
+	renamed map[string]bool
 
 	deadline    time.Time
 	armDeadline func(time.Duration)
@@ -76,7 +89,10 @@ func newSession(options Options) *session {
 	if options.Warn == nil {
 		options.Warn = func(string) {}
 	}
-	return &session{options: options, built: map[string][]builder.Built{}, jobs: map[string]*nomad.Prepared{}}
+	return &session{
+		options: options, built: map[string][]builder.Built{}, jobs: map[string]*nomad.Prepared{}, pinned: map[string]*pinnedJob{},
+		renamed: map[string]bool{},
+	}
 }
 
 // onClose registers the release of what cannot fail to be released.
@@ -205,6 +221,9 @@ func (s *session) readMaterial() error {
 		return err
 	}
 	s.rootToken = token
+	if err := s.readNewRootToken(); err != nil {
+		return err
+	}
 	sealed, err := os.ReadFile(filepath.Join(s.root, s.initPath()))
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
@@ -216,7 +235,7 @@ func (s *session) readMaterial() error {
 }
 
 func (s *session) openMaterial(sealed []byte, place string) error {
-	material, err := seal.Open(sealed, s.rootToken, s.site.Name, place)
+	material, err := seal.Open(sealed, s.openers(), s.site.Name, place)
 	if err != nil {
 		return err
 	}
@@ -251,17 +270,11 @@ func (s *session) dial(ctx context.Context) ([]*remoteHost, []error) {
 	group.SetLimit(10)
 	for i, h := range s.site.Hosts {
 		group.Go(func() error {
-			conn, err := ssh.Dial(ctx, ssh.Target{
-				Name: h.Name, Address: h.Address, Port: h.Port, User: h.User, IdentityFile: h.IdentityFile,
-				HostKeys: h.HostKeys, KnownHostsFiles: []string{s.knownHostsPath()}, ConfigFile: s.sshConfigPath(),
-			}, ssh.Options{AcceptNewHostKey: s.options.AcceptNewHostKey, RecordTo: s.knownHostsPath()})
-			if err != nil {
-				problems[i] = fmt.Errorf("host %s: %w", h.Name, err)
-				return nil
+			remote, err := s.dialHost(ctx, h)
+			if err == nil {
+				err = remote.readFacts(ctx)
 			}
-			s.onClose(func() { _ = conn.Close() })
-			remote := &remoteHost{Host: h, conn: conn}
-			if problems[i] = remote.readFacts(ctx); problems[i] == nil {
+			if problems[i] = err; err == nil {
 				hosts[i] = remote
 			}
 			return nil
@@ -270,6 +283,28 @@ func (s *session) dial(ctx context.Context) ([]*remoteHost, []error) {
 	_ = group.Wait()
 	return slices.DeleteFunc(hosts, func(h *remoteHost) bool { return h == nil }),
 		slices.DeleteFunc(problems, func(err error) bool { return err == nil })
+}
+
+func (s *session) dialHost(ctx context.Context, h site.Host) (*remoteHost, error) {
+	conn, err := ssh.Dial(ctx, ssh.Target{
+		Name: h.Name, Address: h.Address, Port: h.Port, User: h.User, IdentityFile: h.IdentityFile,
+		HostKeys: h.HostKeys, KnownHostsFiles: []string{s.knownHostsPath()}, ConfigFile: s.sshConfigPath(),
+	}, ssh.Options{AcceptNewHostKey: s.options.AcceptNewHostKey, RecordTo: s.knownHostsPath()})
+	if err != nil {
+		return nil, fmt.Errorf("host %s: %w", h.Name, err)
+	}
+	s.onClose(func() { _ = conn.Close() })
+	return &remoteHost{Host: h, conn: conn}, nil
+}
+
+// dialFirstServer connects to the host that keeps the site's own records, and asks it nothing.
+func (s *session) dialFirstServer(ctx context.Context) (*remoteHost, error) {
+	for _, h := range s.site.Hosts {
+		if h.Server {
+			return s.dialHost(ctx, h)
+		}
+	}
+	return nil, fmt.Errorf("site %q has no server", s.site.Name)
 }
 
 func (s *session) knownHostsName() string { return "sites/" + s.options.Site + "/known_hosts" }

@@ -11,7 +11,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/nomad-site/site/internal/adapter/openbao"
-	"github.com/nomad-site/site/internal/adapter/postgres"
 	"github.com/nomad-site/site/internal/adapter/program"
 	"github.com/nomad-site/site/internal/plan"
 	catalogue "github.com/nomad-site/site/internal/reconcile/secret"
@@ -34,12 +33,20 @@ type SecretRow struct {
 	Name        string `json:"name"`
 	Description string `json:"description,omitempty"`
 	Source      string `json:"source"`
-	// State is "ok", "missing", "deleted", "expires soon" or "expired".
-	State      string     `json:"state"`
+	// State is "ok", "missing", "deleted", "expires soon", "expired", "rotating",
+	// "retiring" (all have the new generation and the old one still works) or "due".
+	State string `json:"state"`
+	// Generation is the one that jobs read; Candidate is being tried, Retiring
+	// is the old one, Failed the last one that did not prove itself.
 	Generation int        `json:"generation"`
+	Candidate  int        `json:"candidate,omitempty"`
+	Retiring   int        `json:"retiring,omitempty"`
+	Failed     int        `json:"failed,omitempty"`
 	Created    *time.Time `json:"created,omitempty"`
 	Expires    *time.Time `json:"expires,omitempty"`
-	Consumers  []string   `json:"consumers"`
+	// Due is when the policy asks for the next generation.
+	Due       *time.Time `json:"due,omitempty"`
+	Consumers []string   `json:"consumers"`
 }
 
 // The states of a secret.
@@ -49,6 +56,11 @@ const (
 	SecretDeleted = "deleted"
 	SecretExpires = "expires soon"
 	SecretExpired = "expired"
+	// SecretRotating and SecretRetiring are rotations on their way, SecretDue one
+	// that the policy asks for.
+	SecretRotating = "rotating"
+	SecretRetiring = "retiring"
+	SecretDue      = "due"
 )
 
 const (
@@ -94,7 +106,12 @@ func ReadSecretsStatus(ctx context.Context, options Options) (SecretsStatus, err
 func secretRow(one site.Secret, state catalogue.EntryState, consumers []string, now time.Time) SecretRow {
 	row := SecretRow{
 		Name: one.FullName(), Description: one.Description, Source: sourceOf(one), State: SecretOK,
-		Generation: state.Version, Consumers: consumers,
+		Consumers: consumers,
+	}
+	rotation := state.Rotation()
+	row.Generation, row.Candidate, row.Retiring, row.Failed = rotation.Active, rotation.Candidate, rotation.Retiring, rotation.Failed
+	if due, ages := catalogue.DueAt(one, state); ages {
+		row.Due = &due
 	}
 	if row.Consumers == nil {
 		row.Consumers = []string{}
@@ -114,6 +131,12 @@ func secretRow(one site.Secret, state catalogue.EntryState, consumers []string, 
 		row.State = SecretExpired
 	case row.Expires != nil && row.Expires.Sub(now) < expiryWarning:
 		row.State = SecretExpires
+	case rotation.Candidate > 0:
+		row.State = SecretRotating
+	case rotation.Retiring > 0:
+		row.State = SecretRetiring
+	case row.Due != nil && !now.Before(*row.Due):
+		row.State = SecretDue
 	}
 	return row
 }
@@ -241,6 +264,9 @@ func (s *session) storeValues(ctx context.Context, values []NewValue, stored []S
 				"only a lost value of it can be put back; a new one comes from its source"))
 		}
 	}
+	for _, one := range secrets {
+		problems = append(problems, s.checkOverwrite(one, states[one.FullName()]))
+	}
 	if err := errors.Join(problems...); err != nil {
 		return err
 	}
@@ -260,9 +286,26 @@ func (s *session) storeValues(ctx context.Context, values []NewValue, stored []S
 		if !values[i].Expires.IsZero() {
 			custom = map[string]string{expiresField: values[i].Expires.UTC().Format(time.RFC3339)}
 		}
-		if stored[i].Generation, err = s.bao.Write(ctx, one, values[i].Value, state.Version, custom); err != nil {
+		if stored[i].Generation, err = s.bao.WriteFields(ctx, one, s.fieldsOf(one, values[i].Value, state), state.Version, custom); err != nil {
 			return err
 		}
+	}
+	if _, err := s.observeSecrets(ctx, s.site.Secrets()); err != nil {
+		return err
+	}
+	return s.keepSummary(ctx)
+}
+
+// checkOverwrite refuses to write over what a rotation is moving, and a password
+// under which clients are logged in.
+func (s *session) checkOverwrite(one site.Secret, state catalogue.EntryState) error {
+	name := one.FullName()
+	switch {
+	case state.Rotation().Running():
+		return plan.WithHint(fmt.Errorf("secret %s is being rotated", name), "finish it first: site secrets rotate %s", name)
+	case state.HasValue() && s.site.AlternatingRole(name) != nil:
+		return plan.WithHint(fmt.Errorf("secret %s is the password of logins that take turns", name),
+			"bring its next value without a gap: site secrets rotate %s --from-file=FILE", name)
 	}
 	return nil
 }
@@ -312,47 +355,29 @@ func VerifySecrets(ctx context.Context, options Options, names []string) ([]Veri
 
 func (s *session) verify(ctx context.Context, one site.Secret) Verified {
 	found := Verified{Name: one.FullName(), Proof: "none"}
-	value, _, err := s.bao.Read(ctx, one)
+	fields, _, err := s.bao.ReadActive(ctx, one)
 	if err != nil {
 		found.Problem = err.Error()
 		return found
 	}
+	value := fields.Value
 	problems := []error{}
 	if one.External != nil && len(one.External.Check) > 0 {
 		found.Proof = "check"
 		problems = append(problems, s.runCheck(ctx, one, value))
 	}
-	for _, component := range s.site.Components {
-		for _, role := range component.Roles {
-			if role.Password == one.FullName() {
-				found.Proof = "database login"
-				problems = append(problems, s.tryRole(ctx, role, value))
-			}
+	for _, role := range s.site.PasswordRoles(one.FullName()) {
+		found.Proof = "database login"
+		login := role.Name
+		if role.Alternating {
+			login = fields.Username
 		}
+		problems = append(problems, s.tryLogin(ctx, role, login, value))
 	}
 	if err := errors.Join(problems...); err != nil {
 		found.Problem = err.Error()
 	}
 	return found
-}
-
-// tryRole logs in as a role the way a job does: by TCP with the password.
-func (s *session) tryRole(ctx context.Context, role site.Role, password secret.Value) error {
-	database := "postgres"
-	for _, component := range s.site.Components {
-		for _, one := range component.Databases {
-			if one.Owner == role.Name {
-				database = one.Name
-			}
-		}
-		for _, grant := range component.Grants {
-			if grant.Role == role.Name && grant.Object == site.OnDatabase {
-				database = grant.Database
-			}
-		}
-	}
-	client := postgres.New(postgres.Options{Dial: s.servers()[0].conn.DialContext})
-	return client.Login(ctx, postgresAddress, database, role.Name, password)
 }
 
 // postgresAddress is where jobs reach Postgres on their host.

@@ -20,6 +20,7 @@ const (
 	Upload  Action = "upload"
 	Start   Action = "start"
 	Restart Action = "restart"
+	Reload  Action = "reload"
 	Execute Action = "run"
 )
 

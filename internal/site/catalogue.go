@@ -17,6 +17,8 @@ type catalogue struct {
 	active   []string
 	secrets  map[string]Secret
 	names    []string // sorted
+	// alternating are the roles that two logins take turns for, by their password.
+	alternating map[string]Role
 	// unclear are components whose file has errors: what they declare is not known.
 	unclear map[string]bool
 }
@@ -25,12 +27,17 @@ type catalogue struct {
 func (l *loader) catalogue(site string, placed []placedComponent, active []string) {
 	c := &catalogue{
 		loader: l, siteFile: path.Join(sitesFolder, site, siteFileName), active: active,
-		secrets: map[string]Secret{}, unclear: l.unclear(placed, active),
+		secrets: map[string]Secret{}, alternating: map[string]Role{}, unclear: l.unclear(placed, active),
 	}
 	for _, component := range placed {
 		for _, secret := range component.Secrets {
 			c.secrets[secret.FullName()] = secret
 			c.names = append(c.names, secret.FullName())
+		}
+		for _, role := range component.Roles {
+			if role.Alternating {
+				c.alternating[role.Password] = role
+			}
 		}
 	}
 	slices.Sort(c.names)
@@ -69,6 +76,7 @@ func (c *catalogue) component(placed *placedComponent) {
 		for _, task := range placed.facts.templates {
 			c.task(placed, task, listed, reads)
 		}
+		c.checkUserNames(placed.facts.templates)
 	}
 	for _, name := range slices.Sorted(maps.Keys(reads)) {
 		placed.Reads = append(placed.Reads, reads[name])
@@ -191,6 +199,35 @@ func (c *catalogue) task(placed *placedComponent, task taskTemplates, listed map
 	}
 }
 
+// checkUserNames finds a job that reads the password of an alternating role and
+// nowhere the user name, which changes with it: it could log in no more.
+func (c *catalogue) checkUserNames(tasks []taskTemplates) {
+	var templates []*templateText
+	for _, task := range tasks {
+		templates = append(templates, task.templates...)
+	}
+	if slices.ContainsFunc(templates, func(t *templateText) bool { return strings.Contains(t.text.String(), UsernameField) }) {
+		return
+	}
+	for _, template := range templates {
+		text := template.text.String()
+		if !strings.Contains(text, ".Data.data."+SecretField) {
+			continue // such as one that takes all fields
+		}
+		calls, _ := secretCalls(text, template.left, template.right) // an error is reported where they are checked
+		for _, call := range calls {
+			full, _, problem := secretOfPath(call.path)
+			role, alternating := c.alternating[full]
+			if problem != "" || !alternating || call.function != "secret" {
+				continue
+			}
+			a, b := role.Logins()
+			c.problems.add(template.place(call.offset, call.word), "Password without its user name", "%s is the password of the alternating role %q, for which the logins %s and %s take turns: read the user name beside it, as .Data.data.%s.",
+				full, role.Name, a, b, UsernameField)
+		}
+	}
+}
+
 // call names the secret that a template asks for.
 func (c *catalogue) call(placed *placedComponent, call secretCall, listed map[string]bool) (string, bool) {
 	p := c.problems
@@ -205,7 +242,7 @@ func (c *catalogue) call(placed *placedComponent, call secretCall, listed map[st
 		p.add(call.place, "Computed path of a secret", "The path must be a literal, so that the policy can be derived from it: secret \"%s/data/COMPONENT/NAME\".", SecretMount)
 		return "", false
 	}
-	full, problem := secretOfPath(call.path)
+	full, _, problem := secretOfPath(call.path)
 	if problem != "" {
 		p.add(call.place, "Secret outside of the catalogue", "%s", problem)
 		return "", false
@@ -236,10 +273,24 @@ func (c placedComponent) howToRead(fullName string) string {
 	return fmt.Sprintf("add reads = [%q] to %s", fullName, c.file.Filename)
 }
 
-// secretOfPath turns the path of a template into a full name, or says why there is none.
-func secretOfPath(text string) (fullName, problem string) {
+// previousQuery behind a path asks for the generation before the active one.
+const previousQuery = "version=previous"
+
+// secretOfPath turns the path of a template into a full name and whether it asks
+// for the previous generation, or says why there is none.
+func secretOfPath(text string) (fullName string, previous bool, problem string) {
+	clean, query, asks := strings.Cut(strings.Trim(strings.TrimSpace(text), "/"), "?")
+	fullName, problem = secretOfEntry(text, clean)
+	if problem == "" && asks && query != previousQuery {
+		return "", false, fmt.Sprintf("%q asks for %q: the generation is chosen by each deploy. Write %q, or %q for the one before it.",
+			text, "?"+query, clean, clean+"?"+previousQuery)
+	}
+	return fullName, asks, problem
+}
+
+// secretOfEntry is the full name of the entry that a path without its query names.
+func secretOfEntry(text, clean string) (fullName, problem string) {
 	const form = SecretMount + "/data/COMPONENT/NAME"
-	clean, _, _ := strings.Cut(strings.Trim(strings.TrimSpace(text), "/"), "?")
 	parts := strings.Split(clean, "/")
 	switch {
 	case parts[0] != SecretMount:

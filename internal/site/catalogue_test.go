@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 	"testing/fstest"
+	"time"
 
 	"github.com/hashicorp/hcl/v2"
 )
@@ -112,6 +113,16 @@ func TestFaultsOfTheCatalogue(t *testing.T) {
 			component + "7,17: Missing producer; shop waits for broker: shop.token is produced by broker, which is not active. Add component \"broker\" {} to sites/one/site.hcl",
 		},
 		{"secrets without OpenBao, said once", merge(inSite("  component \"openbao\" {}\n", ""), map[string]string{"jobs/broker/component.hcl": "", "jobs/shop/component.hcl": "secret \"password\" {\n  generated {}\n}\nsecret \"b\" {\n  generated {}\n}\n"}), component + "1,8: Secrets without OpenBao; Component \"shop\" declares secrets: add component \"openbao\" {} to sites/one/site.hcl"},
+		{"two rotations", secret("generated {}\nrotation {}\nrotation {}"), component + "13,1: Duplicate rotation block"},
+		{"rotation with an unknown field", secret("generated {}\nrotation {\n evry = \"1d\"\n}"), component + "13,2: Unsupported argument; An argument named \"evry\" is not expected here. Did you mean \"every\"?"},
+		{"rotated too often", secret("generated {}\nrotation {\n every = \"59m\"\n}"), component + "13,10: Invalid duration; \"59m\" is not a duration between 1h and 3650d such as \"30d\" or \"12h\""},
+		{"rotated too rarely", secret("generated {}\nrotation {\n every = \"3651d\"\n}"), component + "13,10: Invalid duration"},
+		{"rotated in something that is no duration", secret("generated {}\nrotation {\n every = \"monthly\"\n}"), component + "13,10: Invalid duration; \"monthly\" is not"},
+		{"rotated never", secret("generated {}\nrotation {\n every = null\n}"), component + "13,10: Unsuitable value type"},
+		{"drained for less than nothing", secret("generated {}\nrotation {\n drain = \"-1s\"\n}"), component + "13,10: Invalid duration; \"-1s\" is not a duration between 0s and 24h such as \"10m\""},
+		{"drained for too long", secret("generated {}\nrotation {\n drain = \"25h\"\n}"), component + "13,10: Invalid duration"},
+		{"rotation of what a job produces", secret("produced_by {\n component = \"broker\"\n}\nrotation {}"), component + "14,1: Rotation by somebody else; shop.x is produced by the job \"broker\", which also replaces it: leave rotation out"},
+		{"rotation of what nobody can make", secret("external {}\nrotation {\n every = \"30d\"\n}"), component + "13,10: Rotation without a source; shop.x comes from outside, so that nobody can make it when it is due: leave every out, and rotate it by hand with `site secrets rotate shop.x --from-file`"},
 
 		{"reads names nothing", map[string]string{"jobs/shop/component.hcl": strings.Replace(shopFile, "admin_token", "amin_token", 1)}, component + "1,10: Unknown secret in reads; No active component declares a secret \"broker.amin_token\". Did you mean \"broker.admin_token\"?"},
 		{"reads names a secret twice", map[string]string{"jobs/shop/component.hcl": strings.Replace(shopFile, "[", "[\"broker.admin_token\", ", 1)}, component + "1,32: Duplicate reference"},
@@ -130,6 +141,10 @@ func TestFaultsOfTheCatalogue(t *testing.T) {
 		{"another mount", inTemplate(`{{ with secret "kv/data/shop/password" }}{{ end }}`), jobspec + textLine + ",17: Secret outside of the catalogue; No policy lets a job read \"kv/data/shop/password\": the secrets of a site are at site/data/COMPONENT/NAME"},
 		{"a path without data", inTemplate(`{{ with secret "site/shop/password" }}{{ end }}`), jobspec + textLine + ",17: Secret outside of the catalogue; \"site/shop/password\" lacks data/ behind the mount: write \"site/data/shop/password\""},
 		{"a path that is too long", inTemplate(`{{ with secret "site/data/shop/password/value" }}{{ end }}`), jobspec + textLine + ",17: Secret outside of the catalogue; \"site/data/shop/password/value\" is not site/data/COMPONENT/NAME"},
+		{"a path with a version", inTemplate(`{{ with secret "site/data/shop/password?version=1" }}{{ end }}`), jobspec + textLine + ",17: Secret outside of the catalogue; \"site/data/shop/password?version=1\" asks for \"?version=1\": the generation is chosen by each deploy. Write \"site/data/shop/password\", or \"site/data/shop/password?version=previous\" for the one before it"},
+		{"a path with an empty query", inTemplate(`{{ with secret "site/data/shop/password?" }}{{ end }}`), jobspec + textLine + ",17: Secret outside of the catalogue; \"site/data/shop/password?\" asks for \"?\""},
+		{"a path with more than the previous version", inTemplate(`{{ with secret "site/data/shop/password?version=previous&x=1" }}{{ end }}`), jobspec + textLine + ",17: Secret outside of the catalogue"},
+		{"the previous version of what nobody declares", inTemplate(`{{ with secret "site/data/shop/pasword?version=previous" }}{{ end }}`), jobspec + textLine + ",17: Unknown secret; No active component declares a secret \"shop.pasword\""},
 		{"a path with a dot", inTemplate(`{{ with secret "site/data/shop/../broker" }}{{ end }}`), jobspec + textLine + ",17: Secret outside of the catalogue"},
 		{"a template with an error", inTemplate("x\n{{ with secret }}"), jobspec + "10,1: Invalid template; unexpected EOF"},
 		{"a template torn by a directive", inTemplate("%{ if true }{{ with secret \"site/data/shop/password\" }}%{ else }{{ if 1 }}%{ endif }x"), jobspec + "9,1: Unreadable template"},
@@ -173,7 +188,7 @@ func TestReadsAreFoundWhereverTemplatesHaveThem(t *testing.T) {
 		{"in parentheses, with a field", template(`{{ (secret ("site/data/shop/password")).Data.data.value }}`), password},
 		{"from a pipe", template(`{{ with "site/data/shop/password" | secret }}{{ end }}`), password},
 		{"raw string and slash", template("{{ with secret `/site/data/shop/password` }}{{ end }}"), password},
-		{"of a version", template(`{{ with secret "site/data/shop/password?version=1" }}{{ end }}`), password},
+		{"of the previous generation", template(`{{ with secret "/site/data/shop/password?version=previous" }}{{ end }}`), password},
 		{"kept in a variable", template(`{{ $s := secret "site/data/shop/password" }}{{ $s.Data }}`), password},
 		{"in an else", template(`{{ if env "A" }}{{ else if eq 1 2 }}{{ else }}{{ with secret "site/data/shop/password" }}{{ end }}{{ end }}`), password},
 		{"in a range with break", template(`{{ range $i, $v := loop 3 }}{{ with secret "site/data/shop/password" }}{{ break }}{{ end }}{{ end }}`), password},
@@ -270,6 +285,20 @@ secret "d" {
   produced_by {
     command = ["mint", "--now"]
   }
+  rotation {
+    every = "1d12h"
+    drain = "0s"
+  }
+}
+secret "e" {
+  external {}
+  rotation {
+    drain = "2h"
+  }
+}
+secret "f" {
+  generated {}
+  rotation {}
 }
 `,
 	})
@@ -280,6 +309,9 @@ secret "d" {
 	secrets := map[string]Secret{}
 	for _, secret := range s.Secrets() {
 		secret.Range = hcl.Range{}
+		if secret.Rotation != nil {
+			secret.Rotation.Range = hcl.Range{}
+		}
 		secrets[secret.FullName()] = secret
 	}
 	want := map[string]Secret{
@@ -289,7 +321,9 @@ secret "d" {
 		"shop.a":             {Component: "shop", Name: "a", Description: "text", Generated: &Generated{Length: 16, Encoding: "hex"}},
 		"shop.b":             {Component: "shop", Name: "b", External: &External{Check: []string{"./scripts/check", "-q"}, KeepNewline: true}},
 		"shop.c":             {Component: "shop", Name: "c", External: &External{}},
-		"shop.d":             {Component: "shop", Name: "d", ProducedBy: &Producer{Command: []string{"mint", "--now"}}},
+		"shop.d":             {Component: "shop", Name: "d", ProducedBy: &Producer{Command: []string{"mint", "--now"}}, Rotation: &Rotation{Every: 36 * time.Hour}},
+		"shop.e":             {Component: "shop", Name: "e", External: &External{}, Rotation: &Rotation{Drain: 2 * time.Hour}},
+		"shop.f":             {Component: "shop", Name: "f", Generated: &Generated{Length: 32, Encoding: "base64url"}, Rotation: &Rotation{Drain: time.Minute}},
 	}
 	if !reflect.DeepEqual(secrets, want) {
 		t.Errorf("got %+v, want %+v", secrets, want)

@@ -27,6 +27,7 @@ type roleBlock struct {
 	MemberOf        []string  `hcl:"member_of,optional"`
 	Replication     bool      `hcl:"replication,optional"`
 	Peers           []string  `hcl:"peers,optional"`
+	Alternating     bool      `hcl:"alternating,optional"`
 	Body            hcl.Body  `hcl:",body"`
 	Range           hcl.Range `hcl:",def_range"`
 	NameAtRange     hcl.Range `hcl:"name,label_range"`
@@ -49,6 +50,7 @@ type grantBlock struct {
 const (
 	unlimited           = -1
 	mostConnections     = 10000
+	longestAlternating  = 61
 	everything          = "*"
 	allPrivileges       = "ALL"
 	temporaryPrivilege  = "TEMPORARY"
@@ -118,15 +120,27 @@ func (f *componentFile) roles(component string, p *problems) []Role {
 
 func (b *roleBlock) role(component string, p *problems) Role {
 	role := Role{
-		Name: b.Name, Login: b.Login, MemberOf: b.MemberOf, Replication: b.Replication, Peers: b.Peers, Range: b.Range,
+		Name: b.Name, Login: b.Login, MemberOf: b.MemberOf, Replication: b.Replication, Peers: b.Peers,
+		Alternating: b.Alternating, Range: b.Range,
 		ConnectionLimit: connectionLimit(p, b.Body, b.ConnectionLimit),
 	}
 	checkPostgresName(p, "role", b.Name, b.NameAtRange)
 	if isSet(b.Body, "password") {
 		role.Password = fullSecretName(component, b.Password)
-		if !b.Login {
-			p.add(at(b.Body, "password"), "Password of a role without login", "Add login = true to role %q, or leave the password out.", b.Name)
-		}
+	}
+	if b.Alternating {
+		b.checkAlternating(p)
+	} else {
+		b.checkLogin(p)
+	}
+	b.checkLists(p)
+	return role
+}
+
+// checkLogin holds what a role says of its login against each other.
+func (b *roleBlock) checkLogin(p *problems) {
+	if isSet(b.Body, "password") && !b.Login {
+		p.add(at(b.Body, "password"), "Password of a role without login", "Add login = true to role %q, or leave the password out.", b.Name)
 	}
 	if len(b.Peers) > 0 && !b.Login {
 		p.add(at(b.Body, "peers"), "Peers of a role without login", "Add login = true to role %q, or leave peers out.", b.Name)
@@ -134,6 +148,31 @@ func (b *roleBlock) role(component string, p *problems) Role {
 	if b.Login && !isSet(b.Body, "password") && len(b.Peers) == 0 {
 		p.add(b.Range, "Nobody can log in", "Role %q has login = true and neither a password nor peers: give it one of them, or leave login out.", b.Name)
 	}
+}
+
+// checkAlternating insists on what two logins that take turns can have.
+func (b *roleBlock) checkAlternating(p *problems) {
+	const summary = "Unsuitable alternating role"
+	subject := at(b.Body, "alternating")
+	switch {
+	case !b.Login:
+		p.add(subject, summary, "Two logins take turns for role %q: add login = true to it, or leave alternating out.", b.Name)
+	case !isSet(b.Body, "password"):
+		p.add(subject, summary, "Two logins take turns for role %q, each with its password: add password = \"SECRET\" to it, or leave alternating out.", b.Name)
+	}
+	if len(b.Peers) > 0 {
+		p.add(at(b.Body, "peers"), summary, "Role %q itself cannot log in, by a peer neither: declare another role for the peers.", b.Name)
+	}
+	if b.Replication {
+		p.add(at(b.Body, "replication"), summary, "The logins of role %q would not inherit the privilege to stream the log: declare another role for it.", b.Name)
+	}
+	if len(b.Name) > longestAlternating && len(b.Name) <= longestAlternating+len(firstLogin) {
+		p.add(b.NameAtRange, "Invalid role name", "The name of an alternating role has at most %d characters, since its logins are named with %s and %s behind it.", longestAlternating, firstLogin, secondLogin)
+	}
+}
+
+// checkLists finds what peers and member_of cannot name.
+func (b *roleBlock) checkLists(p *problems) {
 	for i, peer := range b.Peers {
 		switch {
 		case !accountPattern.MatchString(peer):
@@ -150,7 +189,6 @@ func (b *roleBlock) role(component string, p *problems) Role {
 			p.add(atElement(b.Body, "member_of", i), "Member of itself", "Role %q cannot be a member of itself.", name)
 		}
 	}
-	return role
 }
 
 func (f *componentFile) grants(p *problems) []Grant {

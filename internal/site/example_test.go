@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/hashicorp/hcl/v2"
 	"github.com/hashicorp/hcl/v2/hclsyntax"
@@ -24,14 +25,23 @@ func TestTheExampleLoads(t *testing.T) {
 	if got := s.Components[0].Variables["settings"]; got != `{"log.level":"debug"}` {
 		t.Errorf("the site's value must win: %s", got)
 	}
-	if c := s.Components[0]; len(c.Secrets) != 5 || len(c.Databases) != 1 || len(c.Roles) != 3 || len(c.Grants) != 5 {
+	if c := s.Components[0]; len(c.Secrets) != 6 || len(c.Databases) != 1 || len(c.Roles) != 3 || len(c.Grants) != 5 {
 		t.Errorf("got %+v", c)
+	}
+	if one := s.AlternatingRole("example.database_password"); one == nil || one.Name != "example" {
+		t.Errorf("the example's role does not alternate: %+v", one)
+	}
+	if one := s.Secret("example.database_password").Rotation; one == nil || one.Every != 30*day || one.Drain != 10*time.Minute {
+		t.Errorf("got %+v", one)
+	}
+	if s.Operators[0].Rights != RightsDeploy || s.Operators[1].Rights != RightsRotate {
+		t.Errorf("got %+v", s.Operators)
 	}
 	var reads []string
 	for _, read := range s.Components[0].Reads {
 		reads = append(reads, read.Secret)
 	}
-	if want := []string{"example.database_password", "example.payment_key", "example.signing_key"}; !slices.Equal(reads, want) {
+	if want := []string{"example.database_password", "example.payment_key", "example.session_key", "example.signing_key"}; !slices.Equal(reads, want) {
 		t.Errorf("reads %v, want %v", reads, want)
 	}
 }

@@ -55,8 +55,19 @@ type Operator struct {
 	Name string
 	// PublicKey is in authorized_keys form.
 	PublicKey string
-	Range     hcl.Range
+	// Rights is RightsDeploy (default), or RightsRotate for a machine that only
+	// rotates secrets.
+	Rights string
+	Range  hcl.Range
 }
+
+// What an operator may do.
+const (
+	// RightsDeploy is everything that site does.
+	RightsDeploy = "deploy"
+	// RightsRotate is to rotate secrets, and nothing else.
+	RightsRotate = "rotate"
+)
 
 // Component is a folder under jobs/: one Nomad job and what it needs.
 type Component struct {
@@ -136,7 +147,9 @@ type Secret struct {
 	Generated   *Generated
 	External    *External
 	ProducedBy  *Producer
-	Range       hcl.Range
+	// Rotation is nil where none is declared.
+	Rotation *Rotation
+	Range    hcl.Range
 }
 
 // FullName is how users and errors call a secret: "shop.database_password".
@@ -148,6 +161,16 @@ type Generated struct {
 	Length int
 	// Encoding is how they are written: "base64url" (default, without padding), "base64" or "hex".
 	Encoding string
+}
+
+// Rotation is when a secret gets its next generation, and how long the one before
+// it stays good.
+type Rotation struct {
+	// Every is how old a generation gets; 0: it is rotated only when asked.
+	Every time.Duration
+	// Drain is how long the old generation works after all have the new one. Default 1 min.
+	Drain time.Duration
+	Range hcl.Range
 }
 
 // External values come from outside: `site secrets import` or `set`.
@@ -196,7 +219,10 @@ type Role struct {
 	Replication     bool
 	// Peers are system users who may log in as this role over the Unix socket.
 	Peers []string
-	Range hcl.Range
+	// Alternating: the role owns things and does not log in; two logins that are
+	// members of it take turns, so that a password can change without a gap.
+	Alternating bool
+	Range       hcl.Range
 }
 
 // GrantObject is what a grant is on.
@@ -262,6 +288,10 @@ const SecretMount = "site"
 
 // SecretField is the field of an entry that holds the value.
 const SecretField = "value"
+
+// UsernameField is the field of an entry that holds the login to which the value
+// belongs, where that is the password of an alternating role.
+const UsernameField = "username"
 
 // KVPath is where a secret lies below SecretMount: "shop/database_password".
 // A template reads it as `secret "site/data/shop/database_password"`.

@@ -26,6 +26,14 @@ func (o Operator) Fingerprint() (keyType, fingerprint string) {
 // AddOperator puts an operator block at the end of site.hcl's site block, or
 // behind the last operator. All else stays as it is, comments too.
 func AddOperator(content []byte, name, publicKey string) ([]byte, error) {
+	return AddOperatorWithRights(content, name, publicKey, RightsDeploy)
+}
+
+// AddOperatorWithRights is AddOperator for one who may do less than deploy too.
+func AddOperatorWithRights(content []byte, name, publicKey, rights string) ([]byte, error) {
+	if rights != RightsDeploy && rights != RightsRotate {
+		return nil, plan.WithHint(fmt.Errorf("operator %s: %q are no rights", name, rights), "there are %q and %q", RightsDeploy, RightsRotate)
+	}
 	if !namePattern.MatchString(name) {
 		return nil, plan.WithHint(fmt.Errorf("%q is not an operator's name", name), "%s", nameRule)
 	}
@@ -37,15 +45,21 @@ func AddOperator(content []byte, name, publicKey string) ([]byte, error) {
 		if findOperator(body, name) != nil {
 			return plan.WithHint(fmt.Errorf("operator %s is there already", name), "remove it first, or choose another name")
 		}
+		if rights != RightsDeploy && len(deployers(body, "")) == 0 {
+			return plan.WithHint(fmt.Errorf("operator %s could only rotate, and nobody could deploy", name), "add an operator with all rights first")
+		}
 		body.AppendNewline()
 		block := body.AppendNewBlock("operator", []string{name})
 		block.Body().SetAttributeValue("public_key", cty.StringVal(authorizedKey(key)))
+		if rights != RightsDeploy {
+			block.Body().SetAttributeValue("rights", cty.StringVal(rights))
+		}
 		return nil
 	})
 }
 
-// RemoveOperator takes an operator block out; the last one stays, since nobody
-// could log in without it.
+// RemoveOperator takes an operator block out; the last one who may deploy stays,
+// since nobody could log in without it.
 func RemoveOperator(content []byte, name string) ([]byte, error) {
 	return editSite(content, func(body *hclwrite.Body) error {
 		var names []string
@@ -59,10 +73,27 @@ func RemoveOperator(content []byte, name string) ([]byte, error) {
 			return plan.WithHint(fmt.Errorf("there is no operator %q", name), "there are: %s", strings.Join(names, ", "))
 		case len(names) == 1:
 			return plan.WithHint(fmt.Errorf("%s is the only operator: nobody could log in any more", name), "add another operator first")
+		case len(deployers(body, name)) == 0:
+			return plan.WithHint(fmt.Errorf("%s is the only operator who may deploy; the others can only rotate", name), "add another operator first")
 		}
 		body.RemoveBlock(findOperator(body, name))
 		return nil
 	})
+}
+
+// deployers are the operators who may do more than rotate, but one.
+func deployers(body *hclwrite.Body, but string) []string {
+	var names []string
+	for _, block := range body.Blocks() {
+		if block.Type() != "operator" || slices.Contains(block.Labels(), but) {
+			continue
+		}
+		rights := block.Body().GetAttribute("rights")
+		if rights == nil || strings.Trim(string(rights.Expr().BuildTokens(nil).Bytes()), "\" ") != RightsRotate {
+			names = append(names, block.Labels()...)
+		}
+	}
+	return names
 }
 
 func findOperator(body *hclwrite.Body, name string) *hclwrite.Block {

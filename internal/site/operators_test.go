@@ -1,6 +1,7 @@
 package site
 
 import (
+	"slices"
 	"strings"
 	"testing"
 )
@@ -48,8 +49,36 @@ func TestOperatorsAreAddedAndRemovedAndTheRestStays(t *testing.T) {
 	}
 }
 
+func TestAnOperatorWhoOnlyRotatesIsAddedAndRemoved(t *testing.T) {
+	const key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKoVQVGTFEtLFiS4dE3fZc6MaHOo89MPGJIkc4jXbdDw"
+	added, err := AddOperatorWithRights([]byte(twoOperators), "ci", key, RightsRotate)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := Load(repository(map[string]string{"sites/shop/site.hcl": string(added)}), "shop", LoadOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var rights []string
+	for _, one := range s.Operators {
+		rights = append(rights, one.Name+" "+one.Rights)
+	}
+	if want := []string{"alice deploy", "bob deploy", "ci rotate"}; !slices.Equal(rights, want) {
+		t.Errorf("got %v, want %v", rights, want)
+	}
+	removed, err := RemoveOperator(added, "ci")
+	if err != nil || strings.Contains(string(removed), "rotate") || !strings.Contains(string(removed), `operator "bob"`) {
+		t.Errorf("not exactly ci is gone (%v):\n%s", err, removed)
+	}
+}
+
 func TestAnOperatorThatCannotBeAddedOrRemovedIsRefused(t *testing.T) {
 	lone, err := RemoveOperator([]byte(twoOperators), "alice")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKoVQVGTFEtLFiS4dE3fZc6MaHOo89MPGJIkc4jXbdDw"
+	withRotator, err := AddOperatorWithRights(lone, "ci", key, RightsRotate)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -64,10 +93,17 @@ func TestAnOperatorThatCannotBeAddedOrRemovedIsRefused(t *testing.T) {
 		"a private key": {func() ([]byte, error) {
 			return AddOperator([]byte(twoOperators), "carol", "-----BEGIN OPENSSH PRIVATE KEY-----")
 		}, "this is a private key"},
-		"an unknown one": {func() ([]byte, error) { return RemoveOperator([]byte(twoOperators), "carol") }, `there is no operator "carol"`},
-		"the last one":   {func() ([]byte, error) { return RemoveOperator(lone, "bob") }, "bob is the only operator"},
-		"no site at all": {func() ([]byte, error) { return RemoveOperator([]byte("other {}\n"), "bob") }, "has no site block"},
-		"a syntax error": {func() ([]byte, error) { return RemoveOperator([]byte("site {"), "bob") }, "site.hcl:1"},
+		"rights that are none": {func() ([]byte, error) {
+			return AddOperatorWithRights([]byte(twoOperators), "ci", key, "read")
+		}, `operator ci: "read" are no rights`},
+		"one who only rotates, where nobody deploys": {func() ([]byte, error) {
+			return AddOperatorWithRights([]byte("site \"shop\" {}\n"), "ci", key, RightsRotate)
+		}, "operator ci could only rotate, and nobody could deploy"},
+		"the last one who deploys": {func() ([]byte, error) { return RemoveOperator(withRotator, "bob") }, "bob is the only operator who may deploy"},
+		"an unknown one":           {func() ([]byte, error) { return RemoveOperator([]byte(twoOperators), "carol") }, `there is no operator "carol"`},
+		"the last one":             {func() ([]byte, error) { return RemoveOperator(lone, "bob") }, "bob is the only operator"},
+		"no site at all":           {func() ([]byte, error) { return RemoveOperator([]byte("other {}\n"), "bob") }, "has no site block"},
+		"a syntax error":           {func() ([]byte, error) { return RemoveOperator([]byte("site {"), "bob") }, "site.hcl:1"},
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {

@@ -15,7 +15,9 @@ type postgresCheck struct {
 	problems         *problems
 	databases, roles map[string]hcl.Range
 	secrets          map[string]Secret
-	unclear          map[string]bool
+	// passwords are the roles by the secret that is their password, in the order of the files.
+	passwords map[string][]*roleBlock
+	unclear   map[string]bool
 	// complete says that every component could be read: what is not declared does not exist.
 	complete bool
 }
@@ -23,7 +25,8 @@ type postgresCheck struct {
 func (l *loader) checkPostgres(site string, placed []placedComponent, active []string) {
 	c := &postgresCheck{
 		problems: l.problems, databases: map[string]hcl.Range{}, roles: map[string]hcl.Range{},
-		secrets: map[string]Secret{}, unclear: l.unclear(placed, active), complete: true,
+		secrets: map[string]Secret{}, passwords: map[string][]*roleBlock{},
+		unclear: l.unclear(placed, active), complete: true,
 	}
 	for _, isUnclear := range c.unclear {
 		c.complete = c.complete && !isUnclear
@@ -40,6 +43,10 @@ func (l *loader) checkPostgres(site string, placed []placedComponent, active []s
 		}
 		for _, block := range component.decoded.Roles {
 			c.unique(c.roles, "role", block.Name, block.NameAtRange)
+			if isSet(block.Body, "password") {
+				full := fullSecretName(component.Name, block.Password)
+				c.passwords[full] = append(c.passwords[full], block)
+			}
 		}
 	}
 	for _, component := range placed {
@@ -97,6 +104,7 @@ func (c *postgresCheck) component(placed placedComponent) {
 		}
 	}
 	for _, block := range placed.decoded.Roles {
+		c.logins(block)
 		for i, name := range block.MemberOf {
 			c.declared(c.roles, "role", name, atElement(block.Body, "member_of", i))
 		}
@@ -135,6 +143,38 @@ func (c *postgresCheck) password(placed placedComponent, block *roleBlock) {
 		c.problems.add(subject, "Unknown secret", "%s", text)
 	case secret.ProducedBy != nil && secret.ProducedBy.Component != "":
 		c.problems.add(subject, "Password produced by a job", "Roles are made before jobs run, and %s is produced by the job %q: use a secret that is generated, external or produced by a command.", full, secret.ProducedBy.Component)
+	default:
+		c.turns(block, secret)
+	}
+}
+
+// logins reports a login of an alternating role whose name another role has.
+func (c *postgresCheck) logins(block *roleBlock) {
+	if !block.Alternating {
+		return
+	}
+	a, b := Role{Name: block.Name}.Logins()
+	for _, login := range []string{a, b} {
+		if other, taken := c.roles[login]; taken {
+			c.problems.add(other, "Duplicate role", "%q is a login of the alternating role %q at %s; choose another name.", login, block.Name, place(block.NameAtRange))
+		}
+	}
+}
+
+// turns holds a password against the roles that have it: a new one reaches
+// running tasks without a gap only where the old one works beside it.
+func (c *postgresCheck) turns(block *roleBlock, secret Secret) {
+	subject, all, full := at(block.Body, "password"), c.passwords[secret.FullName()], secret.FullName()
+	if slices.ContainsFunc(all, func(one *roleBlock) bool { return one.Alternating }) {
+		if first := all[0]; first.Name != block.Name {
+			c.problems.add(subject, "Shared password of an alternating role", "%s is the password of role %q too, at %s, and one of the two is alternating: a user name belongs to the password, so give each a secret of its own.",
+				full, first.Name, place(at(first.Body, "password")))
+		}
+		return
+	}
+	if secret.Rotation != nil && secret.Rotation.Every > 0 && secret.External == nil {
+		c.problems.add(subject, "Password that cannot be rotated", "%s has rotation.every at %s, and role %q has one login, which a new password would lock out of running tasks: add alternating = true to the role, and let its templates read the user name as .Data.data.%s.",
+			full, place(secret.Rotation.Range), block.Name, UsernameField)
 	}
 }
 

@@ -27,6 +27,36 @@ grant "readers" {
 }
 `
 
+// alternating is an alternating role with a secret of its own, and one line more, the eighth.
+func alternating(name, line string) string {
+	return "secret \"p\" {\n generated {}\n}\nrole \"" + name + "\" {\n login = true\n password = \"p\"\n alternating = true\n" + line + "\n}\n"
+}
+
+// userName is a job that logs in as an alternating role.
+func userName(template string) map[string]string {
+	return map[string]string{
+		"jobs/shop/component.hcl":  strings.Replace(databaseFile, "login    = true", "login    = true\n  alternating = true", 1),
+		"jobs/shop/shop.nomad.hcl": jobWith(template),
+	}
+}
+
+func TestTheUserNameOfAnAlternatingRoleMayComeInOtherWays(t *testing.T) {
+	for name, template := range map[string]string{
+		"beside the password":       `{{ with secret "site/data/shop/password" }}{{ .Data.data.username }}:{{ .Data.data.value }}{{ end }}`,
+		"by a read of its own":      `{{ with secret "site/data/shop/password" }}{{ .Data.data.value }}{{ end }}{{ with secret "site/data/shop/password" }}{{ index .Data.data "username" }}{{ end }}`,
+		"with all that there is":    `{{ with secret "site/data/shop/password" }}{{ .Data.data | toJSON }}{{ end }}`,
+		"not where nobody reads it": "plain .Data.data.value",
+	} {
+		t.Run(name, func(t *testing.T) {
+			files := userName(template)
+			files["jobs/broker/component.hcl"] = ""
+			if _, err := Load(withStores(files), "one", LoadOptions{Platform: stores()}); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
 func TestFaultsOfDatabases(t *testing.T) {
 	inShop := func(text string) map[string]string {
 		return map[string]string{"jobs/shop/component.hcl": databaseFile + text}
@@ -69,6 +99,20 @@ func TestFaultsOfDatabases(t *testing.T) {
 		{"member twice", role("member_of = [\"readers\", \"readers\"]"), component + "17,25: Duplicate reference"},
 		{"member of itself", role("member_of = [\"x\"]"), component + "17,14: Member of itself"},
 		{"members of each other", inShop("role \"x\" {\n member_of = [\"y\"]\n}\nrole \"y\" {\n member_of = [\"x\"]\n}"), component + "17,15: Roles are members of each other; x is a member of y is a member of x"},
+		{"alternating without login", role("alternating = true"), component + "17,15: Unsuitable alternating role; Two logins take turns for role \"x\": add login = true to it, or leave alternating out"},
+		{"alternating without login, with a password", inShop("secret \"p\" {\n generated {}\n}\nrole \"x\" {\npassword = \"p\"\nalternating = true\n}"), component + "21,15: Unsuitable alternating role"},
+		{"alternating without a password", role("login = true\nalternating = true"), component + "18,15: Unsuitable alternating role; Two logins take turns for role \"x\", each with its password: add password = \"SECRET\" to it"},
+		{"alternating with peers", inShop(alternating("x", "peers = [\"root\"]")), component + "23,9: Unsuitable alternating role; Role \"x\" itself cannot log in, by a peer neither: declare another role for the peers"},
+		{"alternating with replication", inShop(alternating("x", "replication = true")), component + "23,15: Unsuitable alternating role"},
+		{"alternating with a long name", inShop(alternating(strings.Repeat("x", 62), "")), component + "19,6: Invalid role name; The name of an alternating role has at most 61 characters, since its logins are named with _a and _b behind it"},
+		{"a role named as a login", inShop(alternating("x", "") + "role \"x_b\" {}"), component + "25,6: Duplicate role; \"x_b\" is a login of the alternating role \"x\" at jobs/shop/component.hcl:19,6; choose another name"},
+		{"a role of another component named as a login", map[string]string{"jobs/shop/component.hcl": databaseFile + alternating("x", ""), "jobs/broker/component.hcl": "role \"x_a\" {}"}, "jobs/broker/component.hcl:1,6: Duplicate role; \"x_a\" is a login of the alternating role \"x\""},
+		{"a login of an alternating role as an owner", inShop(alternating("x", "") + "database \"x\" {\n owner = \"x_a\"\n}"), component + "26,10: Unknown role; No active component declares a role \"x_a\". Did you mean \"x\"?"},
+		{"a password of an alternating role and of another", inShop("role \"y\" {\n login = true\n password = \"p\"\n}\n" + alternating("x", "")), component + "25,13: Shared password of an alternating role; shop.p is the password of role \"y\" too, at jobs/shop/component.hcl:18,13, and one of the two is alternating"},
+		{"a password of an alternating role and of another component's", map[string]string{"jobs/shop/component.hcl": databaseFile + alternating("x", ""), "jobs/broker/component.hcl": "role \"y\" {\n login = true\n password = \"shop.p\"\n}"}, "jobs/broker/component.hcl:3,13: Shared password of an alternating role; shop.p is the password of role \"x\" too"},
+		{"a password that is rotated and has one login", map[string]string{"jobs/shop/component.hcl": strings.Replace(databaseFile, "generated {}", "generated {}\n  rotation {\n    every = \"30d\"\n  }", 1)}, component + "12,14: Password that cannot be rotated; shop.password has rotation.every at jobs/shop/component.hcl:3,3, and role \"shop\" has one login, which a new password would lock out of running tasks: add alternating = true to the role, and let its templates read the user name as .Data.data.username"},
+		{"a password from outside that is rotated, said once", map[string]string{"jobs/shop/component.hcl": strings.Replace(databaseFile, "generated {}", "external {}\n  rotation {\n    every = \"30d\"\n  }", 1)}, component + "4,13: Rotation without a source; shop.password comes from outside"},
+		{"a template that reads a password of two logins alone", userName(`{{ with secret "site/data/shop/password" }}{{ .Data.data.value }}{{ end }}`), "jobs/shop/shop.nomad.hcl:8,17: Password without its user name; shop.password is the password of the alternating role \"shop\", for which the logins shop_a and shop_b take turns: read the user name beside it, as .Data.data.username"},
 		{"grant to nobody", inShop("grant \"writers\" {\n database = \"shop\"\n privileges = [\"CONNECT\"]\n}"), component + "16,7: Unknown role; No active component declares a role \"writers\""},
 		{"grant on a database that is not there", inShop("grant \"readers\" {\n database = \"shp\"\n privileges = [\"CONNECT\"]\n}"), component + "17,13: Unknown database; No active component declares a database \"shp\". Did you mean \"shop\"?"},
 		{"grant without privileges", grant("privileges = []"), component + "18,14: Empty list; Name at least one privilege: CONNECT, CREATE, TEMPORARY, or ALL"},
@@ -104,6 +148,22 @@ func TestFaultsOfDatabases(t *testing.T) {
 			got := problemsOf(t, err)
 			if len(got) != 1 || !strings.HasPrefix(got[0], tt.want) {
 				t.Errorf("got:\n%s\nwant the one line:\n%s", strings.Join(got, "\n"), tt.want)
+			}
+		})
+	}
+}
+
+func TestAPasswordOfOneLoginMayBeRotatedByHand(t *testing.T) {
+	for name, source := range map[string]string{
+		"with a drain alone": "generated {}\n  rotation {\n    drain = \"1h\"\n  }",
+		"as a default":       "generated {}\n  rotation {}",
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := Load(withStores(map[string]string{
+				"jobs/broker/component.hcl": "", "jobs/shop/component.hcl": strings.Replace(databaseFile, "generated {}", source, 1),
+			}), "one", LoadOptions{Platform: stores()})
+			if err != nil {
+				t.Error(err)
 			}
 		})
 	}

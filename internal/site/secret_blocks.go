@@ -18,6 +18,7 @@ type secretBlock struct {
 	Generated   *generatedBlock `hcl:"generated,block"`
 	External    *externalBlock  `hcl:"external,block"`
 	ProducedBy  *producerBlock  `hcl:"produced_by,block"`
+	Rotation    *rotationBlock  `hcl:"rotation,block"`
 	Body        hcl.Body        `hcl:",body"`
 	Range       hcl.Range       `hcl:",def_range"`
 	NameAtRange hcl.Range       `hcl:"name,label_range"`
@@ -98,6 +99,9 @@ func (l *loader) secret(c Component, b *secretBlock) Secret {
 	}
 	if b.ProducedBy != nil {
 		secret.ProducedBy = l.producer(c, b)
+	}
+	if b.Rotation != nil && b.Rotation.Body != nil {
+		secret.Rotation = b.rotation(secret, p)
 	}
 	// A block that is there twice does not decode, and is a source all the same.
 	sources := slices.DeleteFunc(slices.Clone(secretSources), func(source string) bool { return !hasBlock(b.Body, source) })

@@ -60,6 +60,7 @@ type operatorBlock struct {
 	Name          string    `hcl:"name,label"`
 	PublicKey     string    `hcl:"public_key,optional"`
 	PublicKeyFile string    `hcl:"public_key_file,optional"`
+	Rights        string    `hcl:"rights,optional"`
 	Body          hcl.Body  `hcl:",body"`
 	Range         hcl.Range `hcl:",def_range"`
 	NameAtRange   hcl.Range `hcl:"name,label_range"`
@@ -256,6 +257,7 @@ func (b *hostBlock) host(only bool, p *problems) Host {
 
 func (b *siteBlock) operators(p *problems, workDir string) []Operator {
 	var operators []Operator
+	b.checkRights(p)
 	names, keys := map[string]hcl.Range{}, map[string]string{}
 	for _, block := range b.Operators {
 		if block.Body == nil {
@@ -283,9 +285,31 @@ func (b *siteBlock) operators(p *problems, workDir string) []Operator {
 			continue
 		}
 		keys[fingerprint] = block.Name
-		operators = append(operators, Operator{Name: block.Name, PublicKey: authorizedKey(key), Range: block.Range})
+		operators = append(operators, Operator{Name: block.Name, PublicKey: authorizedKey(key), Rights: block.rights(), Range: block.Range})
 	}
 	return operators
+}
+
+// checkRights also insists that someone is left who may deploy.
+func (b *siteBlock) checkRights(p *problems) {
+	deploys := len(b.Operators) == 0
+	for _, block := range b.Operators {
+		if block.Body != nil && block.rights() != RightsDeploy && block.rights() != RightsRotate {
+			p.add(at(block.Body, "rights"), "Invalid rights", "%q is neither %q nor %q.", block.Rights, RightsDeploy, RightsRotate)
+		}
+		// What is mistaken may have been meant so.
+		deploys = deploys || block.Body == nil || block.rights() != RightsRotate
+	}
+	if !deploys {
+		p.add(at(b.Operators[0].Body, "rights"), "Nobody can deploy", "Every operator has rights = %q: at least one must be left without it.", RightsRotate)
+	}
+}
+
+func (b *operatorBlock) rights() string {
+	if !isSet(b.Body, "rights") {
+		return RightsDeploy
+	}
+	return b.Rights
 }
 
 // key reads the operator's key from the one attribute that is set.

@@ -1,6 +1,7 @@
 package site
 
 import (
+	"cmp"
 	"regexp"
 	"slices"
 	"strconv"
@@ -16,8 +17,13 @@ type secretCall struct {
 	// path is the argument as written; literal is false where it is computed.
 	path    string
 	literal bool
+	// argument is what is written there; nil where it is computed.
+	argument *parse.StringNode
 	// writes says that there are more arguments: values to write.
 	writes bool
+	// offset is that of word, which stands for the call in a diagnostic.
+	offset int
+	word   string
 	place  hcl.Range
 }
 
@@ -31,18 +37,31 @@ var parseLine = regexp.MustCompile(`^template: template:(\d+):\s*(.*)$`)
 // templates that it defines.
 func (t *templateText) calls(p *problems) []secretCall {
 	text := t.text.String()
-	trees := map[string]*parse.Tree{}
-	tree := parse.New("template")
-	tree.Mode = parse.SkipFuncCheck
-	if _, err := tree.Parse(text, t.left, t.right, trees); err != nil {
+	calls, err := secretCalls(text, t.left, t.right)
+	if err != nil {
 		t.unreadable(text, err, p)
 		return nil
 	}
-	w := &callWalker{text: t}
+	for i := range calls {
+		calls[i].place = t.place(calls[i].offset, calls[i].word)
+	}
+	return calls
+}
+
+// secretCalls are those of a text, in the order in which they stand there.
+func secretCalls(text, left, right string) ([]secretCall, error) {
+	trees := map[string]*parse.Tree{}
+	tree := parse.New("template")
+	tree.Mode = parse.SkipFuncCheck
+	if _, err := tree.Parse(text, left, right, trees); err != nil {
+		return nil, err
+	}
+	w := &callWalker{}
 	for _, tree := range trees {
 		w.node(tree.Root)
 	}
-	return w.calls
+	slices.SortFunc(w.calls, func(a, b secretCall) int { return cmp.Compare(a.offset, b.offset) })
+	return w.calls, nil
 }
 
 // unreadable reports a template that does not parse. With parts that only the
@@ -73,7 +92,6 @@ func (t *templateText) unreadable(text string, err error, p *problems) {
 }
 
 type callWalker struct {
-	text  *templateText
 	calls []secretCall
 }
 
@@ -139,11 +157,11 @@ func (w *callWalker) command(command, piped *parse.CommandNode) {
 	word, position := function.Ident, function.Position()
 	if len(arguments) > 0 {
 		if text, ok := unwrap(arguments[0]).(*parse.StringNode); ok && !strings.Contains(text.Text, interpolated) {
-			call.path, call.literal = text.Text, true
+			call.path, call.literal, call.argument = text.Text, true, text
 			word, position = text.Text, text.Position()
 		}
 	}
-	call.place = w.text.place(int(position), word)
+	call.offset, call.word = int(position), word
 	w.calls = append(w.calls, call)
 }
 

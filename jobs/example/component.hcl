@@ -103,7 +103,8 @@ directory "/srv/example" {
 
 # Secrets of other components ("COMPONENT.NAME") that the job reads, and own ones
 # that it asks OpenBao for itself. Own ones that its templates read are found in
-# the jobspec. The job can read these and no others. Default: none.
+# the jobspec. The job can read these and no others. What it asks for itself is
+# the newest generation, as soon as it is written. Default: none.
 reads = ["example.signing_key"]
 
 # A secret is a name, and where its value comes from; values are never in git.
@@ -111,7 +112,13 @@ reads = ["example.signing_key"]
 # digits and underscores; everyone else calls it "example.database_password". A
 # template reads it as
 #   {{ with secret "site/data/example/database_password" }}{{ .Data.data.value }}{{ end }}
-# in a task with a vault block.
+# in a task with a vault block. Each deploy and each rotation chooses the
+# generation that this reads: a new one is a change of the job, with canary and
+# health as any other, but for a template with change_mode "signal" or "noop",
+# which is rendered again without a restart. Who checks a value that others
+# present reads the one before it too, at
+#   "site/data/example/session_key?version=previous"
+# which is the same as the other but for the time of a rotation.
 #
 # Each has exactly one source: generated, external or produced_by.
 secret "database_password" {
@@ -126,10 +133,35 @@ secret "database_password" {
     # "base64url" (without padding), "base64" or "hex". Default "base64url".
     encoding = "base64url"
   }
+
+  # When `site secrets rotate --due` makes a next generation. A secret that is
+  # produced by a component has none, since that replaces it. Default: it is
+  # rotated only when asked by name, and with the drain below.
+  rotation {
+    # The age at which it is due, 1h to 3650d. Days are 24 hours; "1d12h" is fine
+    # too. What comes from outside has none: site secrets rotate NAME --from-file.
+    # Default: only when asked.
+    every = "30d"
+
+    # How long the old generation stays good after all have the new one, 0s to
+    # 24h. Longer than what a task keeps of it, such as a pool's connections.
+    # Default "1m".
+    drain = "10m"
+  }
 }
 
 secret "signing_key" {
   generated {}
+}
+
+secret "session_key" {
+  description = "what the clients of this server show to it"
+
+  generated {}
+
+  rotation {
+    every = "7d"
+  }
 }
 
 # Comes from outside: `site secrets import` or `site secrets set`.
@@ -182,6 +214,13 @@ role "example" {
   # The secret that holds the password: its name in this component, or
   # "COMPONENT.NAME". Default: none.
   password = "database_password"
+
+  # The password can be rotated without a gap: the role owns what it owns and no
+  # longer logs in itself, and the logins example_a and example_b, which act as it,
+  # take turns. The secret, which is that of no other role, then has the user name
+  # too: {{ .Data.data.username }}. Such a role has no peers and no replication,
+  # and a name of 61 characters at most. Default false.
+  alternating = true
 
   # 0 to 10000, or -1 for no limit. Default -1.
   connection_limit = 20

@@ -49,11 +49,24 @@ job "example" {
         env         = true
         data        = <<-EOT
           {{ with secret "site/data/example/database_password" }}
+          PGUSER={{ .Data.data.username }}
           PGPASSWORD={{ .Data.data.value }}
           {{ end }}
           {{ with secret "site/data/example/payment_key" }}
           PAYMENT_KEY={{ .Data.data.value }}
           {{ end }}
+        EOT
+      }
+
+      # Both generations of what this server checks: its clients change one after
+      # the other. A rotation renders it again and sends the signal.
+      template {
+        destination   = "secrets/session.keys"
+        change_mode   = "signal"
+        change_signal = "SIGHUP"
+        data          = <<-EOT
+          {{ with secret "site/data/example/session_key" }}{{ .Data.data.value }}{{ end }}
+          {{ with secret "site/data/example/session_key?version=previous" }}{{ .Data.data.value }}{{ end }}
         EOT
       }
 

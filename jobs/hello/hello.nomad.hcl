@@ -8,9 +8,16 @@ variable "count" {
   default = 1
 }
 
+# 0 takes a free port: then a new allocation can start beside the old one.
 variable "port" {
   type    = number
   default = 8080
+}
+
+# How long an allocation that is replaced still answers those who know its address.
+variable "shutdown_delay" {
+  type    = string
+  default = "0s"
 }
 
 job "hello" {
@@ -63,8 +70,9 @@ job "hello" {
     }
 
     task "hello" {
-      driver       = "podman"
-      kill_timeout = "10s"
+      driver         = "podman"
+      kill_timeout   = "10s"
+      shutdown_delay = var.shutdown_delay
 
       config {
         image           = var.artifacts["hello"]
@@ -89,8 +97,18 @@ job "hello" {
         data        = "{{ with secret \"site/data/hello/database_password\" }}{{ .Data.data.value }}{{ end }}"
       }
 
+      # Whom the password logs in changes with it.
+      template {
+        destination = "${NOMAD_SECRETS_DIR}/database.env"
+        env         = true
+        data        = <<-EOT
+          {{ with secret "site/data/hello/database_password" }}
+          DATABASE_URL=postgres://{{ .Data.data.username }}@127.0.0.1:5432/hello?sslmode=disable&pool_max_conn_lifetime=5s
+          {{ end }}
+        EOT
+      }
+
       env {
-        DATABASE_URL           = "postgres://hello@127.0.0.1:5432/hello?sslmode=disable"
         DATABASE_PASSWORD_FILE = "/secrets/database_password"
       }
 

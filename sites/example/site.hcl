@@ -75,6 +75,11 @@ site "example" {
   operator "ci" {
     # … or a file with it, relative to the repository's root, read from the work tree.
     public_key_file = "sites/example/ci.pub"
+
+    # "deploy" is everything; "rotate" is for a machine that rotates secrets when
+    # they are due (`site secrets rotate --due`), and can do nothing else. One
+    # operator at least must have "deploy". Default "deploy".
+    rights = "rotate"
   }
 
   # A component is active because it is named here. The label is a folder under jobs/.

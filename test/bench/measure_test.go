@@ -30,6 +30,8 @@ type run struct {
 	// events of site, where it was asked for --json.
 	events []plan.Event
 	output string
+	// said is what it wrote for people to read, beside its output.
+	said string
 }
 
 // step is the time that one step of site took.
@@ -74,7 +76,7 @@ func (f *fixture) do(command ...string) (run, error) {
 	go func() { highest <- watchMemory(child.Process.Pid, ended) }()
 	err := child.Wait()
 	close(ended)
-	done := run{seconds: time.Since(start).Seconds(), output: stdout.String(), peak: <-highest}
+	done := run{seconds: time.Since(start).Seconds(), output: stdout.String(), said: stderr.String(), peak: <-highest}
 	if err != nil {
 		return done, fmt.Errorf("%s: %w: %s%s", strings.Join(command, " "), err, lastLines(stdout.String()), lastLines(stderr.String()))
 	}
@@ -158,7 +160,7 @@ func (f *fixture) counted(do func() error) (run, error) {
 }
 
 // median of a figure over runs.
-func median[T cmp.Ordered](runs []run, figure func(run) T) T {
+func median[R any, T cmp.Ordered](runs []R, figure func(R) T) T {
 	values := make([]T, len(runs))
 	for i, one := range runs {
 		values[i] = figure(one)

@@ -208,7 +208,7 @@ hint: import each as its line says, then deploy again
 			t.Errorf("the missing secret is %+v", row)
 		}
 		text := s.must("secrets", "status").stdout
-		for _, line := range []string{`shop\.token +missing +external +0 +- +- +shop`, `hello\.database_password +ok +generated +1 +.*hello`} {
+		for _, line := range []string{`shop\.token +missing +external +0 +- +- +- +shop`, `hello\.database_password +ok +generated +1 +.*hello`} {
 			if !regexp.MustCompile("(?m)^" + line + "$").MatchString(text) {
 				t.Errorf("no line %s in\n%s", line, text)
 			}
@@ -286,7 +286,7 @@ hint: import each as its line says, then deploy again
 		s := s.in(t)
 		s.says(s.run("secrets", "verify"), 0, "mailer.api_key: works (check)", "hello.database_password: works (database login)",
 			"shop.token: has a value, and no way to prove it is declared")
-		s.psql("postgres", "ALTER ROLE hello PASSWORD 'changed by hand'")
+		s.psql("postgres", "ALTER ROLE hello_a PASSWORD 'changed by hand'")
 		s.says(s.feed("test-2", "secrets", "import", "mailer.api_key", "--from-file=-", "--skip-check"), 0, "generation 2")
 		got := s.run("secrets", "verify")
 		s.says(got, 2, "hello.database_password: FAILS: ", "wrong password", "mailer.api_key: FAILS: ")

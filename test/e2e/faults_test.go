@@ -19,6 +19,7 @@ import (
 
 	"github.com/nomad-site/site/internal/plan"
 	"github.com/nomad-site/site/internal/seal"
+	"github.com/nomad-site/site/internal/secret"
 )
 
 // watcher sees each event of a run with --json as it is printed.
@@ -207,7 +208,7 @@ func (s *testSite) secrets() map[string]string {
 		s.t.Fatal(err)
 	}
 	path := filepath.Join(s.dir, "sites", name, "init.age")
-	material, err := seal.Open([]byte(s.read(path)), token, name, path)
+	material, err := seal.Open([]byte(s.read(path)), []secret.Value{token}, name, path)
 	if err != nil {
 		s.t.Fatal(err)
 	}

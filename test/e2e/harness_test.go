@@ -21,6 +21,7 @@ import (
 	"github.com/nomad-site/site/internal/plan"
 	"github.com/nomad-site/site/internal/retry"
 	"github.com/nomad-site/site/internal/seal"
+	"github.com/nomad-site/site/internal/secret"
 	"github.com/nomad-site/site/internal/site"
 	"github.com/nomad-site/site/internal/testneeds"
 )
@@ -568,7 +569,7 @@ func (s *testSite) managementToken() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	material, err := seal.Open(sealed, token, name, path)
+	material, err := seal.Open(sealed, []secret.Value{token}, name, path)
 	return material.NomadManagementToken.Reveal(), err
 }
 

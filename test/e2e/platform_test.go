@@ -21,6 +21,7 @@ import (
 
 	"github.com/nomad-site/site/internal/adapter/nomad"
 	"github.com/nomad-site/site/internal/seal"
+	"github.com/nomad-site/site/internal/secret"
 	"github.com/nomad-site/site/internal/site"
 )
 
@@ -121,7 +122,7 @@ func (s *testSite) material() seal.Material {
 		s.t.Fatal(err)
 	}
 	path := filepath.Join(s.dir, "sites", name, "init.age")
-	material, err := seal.Open([]byte(s.read(path)), token, name, path)
+	material, err := seal.Open([]byte(s.read(path)), []secret.Value{token}, name, path)
 	if err != nil {
 		s.t.Fatal(err)
 	}

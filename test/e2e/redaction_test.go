@@ -240,6 +240,7 @@ func TestAPlantedValueIsInNothingThatSiteSaysOrKeeps(t *testing.T) {
 	daily := [][]string{
 		{"bootstrap-deploy", bootstrap}, {"deploy"}, {"plan"}, {"plan", bootstrap}, {"status"}, {"logs", "hello"}, {"logs", "leaky"},
 		{"secrets", "status"}, {"secrets", "get", "leaky.external"}, {"secrets", "verify"}, {"operators", "list"},
+		{"secrets", "rotate", "--due"}, {"secrets", "history"},
 		{"env", "--", "nomad", "job", "inspect", "leaky"}, {"tunnel", "hello", "--get=/version"},
 	}
 	took("bringing the values")
@@ -259,6 +260,10 @@ func TestAPlantedValueIsInNothingThatSiteSaysOrKeeps(t *testing.T) {
 		got := bad("secrets", "import", "leaky.external", "--from-file="+refused)
 		if !strings.Contains(got.stderr, "refused: [redacted]") {
 			t.Errorf("its words are not shown: this proves nothing\n%v", got)
+		}
+		got = checked([]int{3, quick}, "secrets", "rotate", "leaky.external", "--from-file="+refused)
+		if !strings.Contains(got.stderr+got.stdout, "refused: [redacted]") {
+			t.Errorf("its words are not shown by a rotation: this proves nothing\n%v", got)
 		}
 		s.psql("postgres", "ALTER ROLE leaky PASSWORD 'another'")
 		got = bad("secrets", "verify")

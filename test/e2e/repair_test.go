@@ -180,7 +180,7 @@ func (s *testSite) needsTheRootToken() {
 	t := s.t
 	broken := "/etc/nomad.d/tls/agent.key"
 	s.host.shell("echo broken > " + broken)
-	s.planIs("restart unit nomad.service", "update file "+broken)
+	s.planIs("reload unit nomad.service", "update file "+broken)
 	got := s.run("deploy")
 	if got.code != 1 || !regexp.MustCompile(`error: .*`+broken+` can only be written with the site root token\nhint: .*bootstrap-deploy`).MatchString(got.stderr) {
 		t.Errorf("deploy without the root token: %v", got)

@@ -27,9 +27,11 @@ type Host struct {
 	SSHConfig string
 	Sudo      bool
 	Document  host.Document
-	// Targets are the paths and names that differ, Restart the units to restart.
+	// Targets are the paths and names that differ, Restart the units to restart,
+	// Reload those to reload.
 	Targets []string
 	Restart []string
+	Reload  []string
 }
 
 // Runner runs the embedded playbook.
@@ -52,6 +54,7 @@ type vars struct {
 	Contents    string        `json:"site_contents"`
 	Targets     []string      `json:"site_targets"`
 	Restart     []string      `json:"site_restart"`
+	Reload      []string      `json:"site_reload"`
 }
 
 // TaskError is a task that failed on a host.
@@ -94,7 +97,7 @@ func (r Runner) Apply(ctx context.Context, hosts []Host, progress plan.Progress)
 		hostVars[h.Name] = vars{
 			SSHArgs: "-F " + h.SSHConfig, Interpreter: "/usr/bin/python3", Become: h.Sudo,
 			Document: h.Document.Public(), Applied: h.Document.Public(), Contents: contents,
-			Targets: notNil(h.Targets), Restart: notNil(h.Restart),
+			Targets: notNil(h.Targets), Restart: notNil(h.Restart), Reload: notNil(h.Reload),
 		}
 	}
 	inventory["all"] = map[string]any{"hosts": hostVars}

@@ -23,6 +23,7 @@ const (
 	// helperVariable makes the test binary a task of a job under test.
 	helperVariable = "SITE_TEST_TASK"
 	bootstrapToken = "4f0c3f0e-3c5e-4f5b-9a5e-0a4a6a1f7d11"
+	firstGossipKey = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
 )
 
 // agent is the one real Nomad that all tests of the package share; jobs have
@@ -31,7 +32,12 @@ var agent = struct {
 	once    sync.Once
 	err     error
 	address string
-	stop    func()
+	// rpc is where other nodes join.
+	rpc string
+	// engine is where the secrets engine is to listen that the agent reads from;
+	// whoever tests with one starts it there.
+	engine string
+	stop   func()
 }{}
 
 func TestMain(m *testing.M) {
@@ -81,7 +87,7 @@ func startAgent(binary string) error {
 	if err != nil {
 		return err
 	}
-	ports, err := freePorts(3)
+	ports, err := freePorts(4)
 	if err != nil {
 		return err
 	}
@@ -92,11 +98,24 @@ ports {
   serf = %d
 }
 acl { enabled = true }
+server { encrypt = %q }
+vault {
+  enabled               = true
+  address               = "http://127.0.0.1:%d"
+  jwt_auth_backend_path = "jwt-nomad"
+  default_identity {
+    aud = ["vault.io"]
+    ttl = "1h"
+  }
+}
 plugin "raw_exec" { config { enabled = true } }
 client {
+  host_volume "scratch" {
+    path = %q
+  }
   options = { "fingerprint.denylist" = "env_aws,env_gce,env_azure,env_digitalocean" }
 }
-`, ports[0], ports[1], ports[2])
+`, ports[0], ports[1], ports[2], firstGossipKey, ports[3], folder)
 	file := filepath.Join(folder, "agent.hcl")
 	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
 		return err
@@ -115,6 +134,8 @@ client {
 	}
 	agent.stop = func() { stopAgent(command, log, folder) }
 	agent.address = fmt.Sprintf("http://127.0.0.1:%d", ports[0])
+	agent.rpc = fmt.Sprintf("127.0.0.1:%d", ports[1])
+	agent.engine = fmt.Sprintf("127.0.0.1:%d", ports[3])
 
 	ctx := context.Background()
 	anonymous, err := New(Options{Address: agent.address})
@@ -150,6 +171,10 @@ func stopAgent(command *exec.Cmd, log *os.File, folder string) {
 		<-done
 	}
 	_ = log.Close()
+	removeAgentFolder(folder)
+}
+
+func removeAgentFolder(folder string) {
 	// The client leaves tmpfs mounts under its allocation folders.
 	mounts, _ := os.ReadFile("/proc/self/mounts")
 	for line := range strings.Lines(string(mounts)) {

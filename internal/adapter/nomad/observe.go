@@ -159,6 +159,8 @@ func actualOf(shot snapshot) job.Actual {
 		GitSHA:      live.Meta[job.MetaGitSHA],
 		DeployID:    live.Meta[job.MetaDeployID],
 		Artifacts:   artifactsOf(live.Meta),
+		Secrets:     secretsOf(live.Meta),
+		Trial:       live.Meta[job.MetaTrial],
 		Health:      healthOf(shot),
 	}
 }
@@ -305,8 +307,9 @@ func current(shot snapshot, version uint64) []*api.AllocationListStub {
 
 // planDiff is the server's own diff from the live job to the desired one. The
 // git sha and deploy id of the live job are put in first: they decide nothing.
+// A job that is, or once was, on trial is compared with what the desired one is on trial.
 func (c *Client) planDiff(ctx context.Context, prepared *Prepared, live *api.Job) ([]string, error) {
-	submitted, err := cloneJob(prepared.Job)
+	submitted, err := trialOf(prepared.Job, live.Meta[job.MetaTrial])
 	if err != nil {
 		return nil, err
 	}
@@ -397,7 +400,7 @@ func fieldLines(where string, fields []*api.FieldDiff) []string {
 
 func isOurMeta(field string) bool {
 	switch strings.TrimSuffix(strings.TrimPrefix(field, "Meta["), "]") {
-	case job.MetaArtifacts, job.MetaSpecDigest, job.MetaGitSHA, job.MetaDeployID:
+	case job.MetaArtifacts, job.MetaSpecDigest, job.MetaGitSHA, job.MetaDeployID, job.MetaSecrets, job.MetaTrial:
 		return true
 	}
 	return false

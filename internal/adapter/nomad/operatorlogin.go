@@ -142,9 +142,20 @@ func joinECDSA(blob []byte, half int) ([]byte, error) {
 	return raw, nil
 }
 
-// JWKS is the document that a JWKS address must serve for these operators. It
-// is deterministic, and holds public keys only.
+// JWKS is the document that a JWKS address must serve for those of the operators
+// who deploy. It is deterministic, and holds public keys only. The keys of those
+// who only rotate must not be in it: a key may sign any name.
 func JWKS(operators []Operator) ([]byte, error) {
+	return jwks(deployers(operators))
+}
+
+// RotatorsJWKS is the same for the operators who only rotate secrets, to be
+// served at RotatorsJWKSURL.
+func RotatorsJWKS(operators []Operator) ([]byte, error) {
+	return jwks(rotators(operators))
+}
+
+func jwks(operators []Operator) ([]byte, error) {
 	keys := make([]map[string]string, 0, len(operators))
 	for _, operator := range operators {
 		key, err := parsePEM(operator)

@@ -136,7 +136,9 @@ type Brief struct {
 	GitSHA    string
 	// Artifacts maps names to digests.
 	Artifacts map[string]string
-	Adopt     bool
+	// Secrets are the generations that the job's templates are pinned to; see Pin.
+	Secrets map[string]int
+	Adopt   bool
 }
 
 // Prepared is a job ready to be registered.
@@ -179,6 +181,9 @@ func Prepare(parsed *api.Job, brief Brief) (*Prepared, error) {
 	prepared.Meta[job.MetaComponent] = brief.Component
 	prepared.Meta[job.MetaGitSHA] = brief.GitSHA
 	prepared.Meta[job.MetaArtifacts] = string(encoded)
+	if err := markSecrets(prepared, brief.Secrets); err != nil {
+		return nil, err
+	}
 	stop := false
 	prepared.Stop = &stop
 	nameVaultRoles(prepared)
@@ -193,6 +198,20 @@ func Prepare(parsed *api.Job, brief Brief) (*Prepared, error) {
 	}
 	prepared.Meta[job.MetaSpecDigest] = digest
 	return finish(prepared, brief.Adopt)
+}
+
+// markSecrets says in the meta which generations a job's templates read. A job
+// that reads none has no such key.
+func markSecrets(prepared *api.Job, secrets map[string]int) error {
+	if len(secrets) == 0 {
+		return nil
+	}
+	encoded, err := json.Marshal(secrets)
+	if err != nil {
+		return fmt.Errorf("encode secrets of job %s: %w", *prepared.ID, err)
+	}
+	prepared.Meta[job.MetaSecrets] = string(encoded)
+	return nil
 }
 
 // nameVaultRoles has each task that reads secrets log in as its own job: the role
@@ -240,6 +259,7 @@ func finish(prepared *api.Job, adopt bool) (*Prepared, error) {
 		Spec:       spec,
 		SpecDigest: prepared.Meta[job.MetaSpecDigest],
 		Artifacts:  artifactsOf(prepared.Meta),
+		Secrets:    secretsOf(prepared.Meta),
 		GitSHA:     prepared.Meta[job.MetaGitSHA],
 		Adopt:      adopt,
 	}}, nil
@@ -262,6 +282,13 @@ func artifactsOf(meta map[string]string) map[string]string {
 	// Anything else there was not written by us and counts as no artifact.
 	_ = json.Unmarshal([]byte(meta[job.MetaArtifacts]), &artifacts)
 	return artifacts
+}
+
+func secretsOf(meta map[string]string) map[string]int {
+	var secrets map[string]int
+	// Anything else there was not written by us and counts as no secret.
+	_ = json.Unmarshal([]byte(meta[job.MetaSecrets]), &secrets)
+	return secrets
 }
 
 func text(value *string) string {
@@ -313,14 +340,17 @@ const enforceIndexPrefix = "Enforcing job modify index"
 // or absent for 0. Where the very same spec is live already, a deploy id makes
 // it a new version: Nomad starts nothing for a version whose deployment failed.
 func (c *Client) Register(ctx context.Context, prepared *Prepared, modifyIndex uint64) (*Registration, error) {
-	id := prepared.Desired.JobID
-	submitted := prepared.Job
+	return c.register(ctx, prepared.Job, modifyIndex)
+}
+
+func (c *Client) register(ctx context.Context, submitted *api.Job, modifyIndex uint64) (*Registration, error) {
+	id := *submitted.ID
 	live, err := c.job(ctx, id)
 	if err != nil {
 		return nil, err
 	}
-	if live != nil && !flag(live.Stop) && live.Meta[job.MetaSpecDigest] == prepared.Desired.SpecDigest {
-		if submitted, err = cloneJob(prepared.Job); err != nil {
+	if live != nil && !flag(live.Stop) && live.Meta[job.MetaSpecDigest] == submitted.Meta[job.MetaSpecDigest] {
+		if submitted, err = cloneJob(submitted); err != nil {
 			return nil, err
 		}
 		nonce := make([]byte, 4)

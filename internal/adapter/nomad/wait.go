@@ -58,10 +58,14 @@ const (
 // deployment → allocations → checks → running image digests. Anything else
 // ends in a *RolloutError, or the context's error if the caller cancelled.
 func (c *Client) Wait(ctx context.Context, prepared *Prepared, registered *Registration, options WaitOptions, progress plan.Progress) error {
-	options = options.withDefaults()
+	return c.await(ctx, prepared, &judge{registered: *registered, options: options.withDefaults(), started: time.Now()}, progress)
+}
+
+// await follows the registration that a judge decides about.
+func (c *Client) await(ctx context.Context, prepared *Prepared, judge *judge, progress plan.Progress) error {
+	registered, options := judge.registered, judge.options
 	limited, cancel := context.WithTimeout(ctx, options.Limit)
 	defer cancel()
-	judge := &judge{registered: *registered, options: options, started: time.Now()}
 	var last snapshot
 	var index uint64
 	var transient error
@@ -89,6 +93,13 @@ func (c *Client) Wait(ctx context.Context, prepared *Prepared, registered *Regis
 		outcome := judge.look(shot, time.Now())
 		if outcome.formality != nil {
 			c.deploymentAfter(limited, outcome.formality, pollWait)
+			index = 0
+		}
+		if outcome.promotable != nil {
+			if err := c.promote(limited, outcome.promotable); err != nil {
+				transient = err // the canaries may just have changed: the next look tells
+				_ = pause(limited, pollWait)
+			}
 			index = 0
 		}
 		switch {
@@ -145,7 +156,10 @@ type outcome struct {
 	// formality is the deployment where all is healthy, and Nomad only has to
 	// call it successful: that changes no allocation.
 	formality *api.Deployment
-	failure   *failure
+	// promotable is a deployment that waits for its canaries to be promoted, and
+	// that nobody but us can be meant to promote.
+	promotable *api.Deployment
+	failure    *failure
 }
 
 // judge decides about one registration, snapshot by snapshot.
@@ -153,6 +167,8 @@ type judge struct {
 	registered Registration
 	options    WaitOptions
 	started    time.Time
+	// canaries says that the wait ends where the canaries are healthy.
+	canaries bool
 	// unplacedSince is when each group was first seen without a place; the
 	// empty name stands for a system job that no node takes.
 	unplacedSince map[string]time.Time
@@ -208,14 +224,20 @@ func (j *judge) look(shot snapshot, now time.Time) outcome {
 			}
 		}
 	}
+	if j.canaries {
+		return lookCanaries(shot, deployment, version)
+	}
 	switch text(shot.job.Type) {
 	case api.JobTypeBatch, api.JobTypeSysbatch:
 		return j.lookBatch(shot)
 	}
 	if deployment != nil && deployment.Status != api.DeploymentStatusSuccessful {
 		waiting := outcome{waiting: describeDeployment(deployment, shot, version)}
-		if allHealthy(deployment) {
+		switch {
+		case allHealthy(deployment):
 			waiting.formality = deployment
+		case onTrial(shot.job) && promotable(deployment):
+			waiting.promotable = deployment
 		}
 		return waiting
 	}
@@ -559,10 +581,14 @@ func (c *Client) followRevert(ctx context.Context, registered Registration, opti
 		if number(shot.job.Version) == registered.Version {
 			continue // the rollback is not registered yet
 		}
+		deployment := deploymentOf(shot, number(shot.job.Version))
+		if onTrial(shot.job) && promotable(deployment) && c.promote(limited, deployment) != nil {
+			_ = pause(limited, pollWait)
+		}
 		if health := healthOf(shot); health.Healthy {
 			return true
 		}
-		if deployment := deploymentOf(shot, number(shot.job.Version)); deployment != nil && deployment.Status == api.DeploymentStatusFailed {
+		if deployment != nil && deployment.Status == api.DeploymentStatusFailed {
 			return false
 		}
 	}

@@ -138,7 +138,7 @@ func TestWhatAnEntrysMetadataMeans(t *testing.T) {
 		if err := decoder.Decode(&metadata); err != nil {
 			t.Fatal(err)
 		}
-		if state := entryState(metadata, now); state.Exists != test.exists || state.Deleted != test.deleted {
+		if state := entryState(site.Secret{Component: "shop", Name: "password"}, metadata, now); state.Exists != test.exists || state.Deleted != test.deleted {
 			t.Errorf("%s: %+v", name, state)
 		}
 	}

@@ -57,12 +57,13 @@ func (c *Client) ApplyEngine(ctx context.Context, want reconcile.Engine, have re
 	return nil
 }
 
-// batches are runs of changes of one kind: those may be made side by side.
+// batches are runs of changes of one kind: those may be made side by side. The
+// operators' own policy is alone: it may have to allow the changes that follow.
 func batches(changes []plan.Change) func(yield func([]plan.Change) bool) {
 	return func(yield func([]plan.Change) bool) {
 		for start := 0; start < len(changes); {
 			end := start + 1
-			for end < len(changes) && changes[end].Kind == changes[start].Kind {
+			for end < len(changes) && changes[end].Kind == changes[start].Kind && !operatorPolicy(changes[start]) && !operatorPolicy(changes[end]) {
 				end++
 			}
 			if !yield(changes[start:end]) {
@@ -71,6 +72,10 @@ func batches(changes []plan.Change) func(yield func([]plan.Change) bool) {
 			start = end
 		}
 	}
+}
+
+func operatorPolicy(change plan.Change) bool {
+	return change.Kind == reconcile.KindPolicy && change.Target == reconcile.OperatorPolicy
 }
 
 func (c *Client) applyOne(ctx context.Context, want reconcile.Engine, have reconcile.EngineState, change plan.Change) error {

@@ -28,11 +28,14 @@ func (c *Client) ObserveEngine(ctx context.Context, want reconcile.Engine) (reco
 	names.Go(func() error { return observation.mounts(namesCtx, "sys/auth", observation.state.Auth) })
 	names.Go(func() error { return observation.policies(namesCtx) })
 	for _, mount := range want.Auth {
-		names.Go(func() error { return observation.roles(namesCtx, mount.Path) })
+		if mount.Path != reconcile.RotatorsMount {
+			names.Go(func() error { return observation.roles(namesCtx, mount.Path) })
+		}
 	}
 	if err := names.Wait(); err != nil {
 		return reconcile.EngineState{}, err
 	}
+	_, rotators := observation.state.Auth[reconcile.RotatorsMount] // while nobody else looks at the state
 	contents, contentsCtx := errgroup.WithContext(ctx)
 	contents.SetLimit(parallel)
 	for _, mount := range want.Mounts {
@@ -45,11 +48,16 @@ func (c *Client) ObserveEngine(ctx context.Context, want reconcile.Engine) (reco
 			return observation.config(contentsCtx, observation.state.Auth, mount, "auth/"+mount.Path+"/config")
 		})
 	}
+	if rotators {
+		contents.Go(func() error { return observation.rotators(contentsCtx, want) })
+	}
 	for name := range want.Policies {
 		contents.Go(func() error { return observation.policy(contentsCtx, name) })
 	}
 	for _, role := range want.Roles {
-		contents.Go(func() error { return observation.role(contentsCtx, role) })
+		if role.Mount != reconcile.RotatorsMount {
+			contents.Go(func() error { return observation.role(contentsCtx, role) })
+		}
 	}
 	if err := contents.Wait(); err != nil {
 		return reconcile.EngineState{}, err
@@ -62,6 +70,24 @@ type observation struct {
 	client *Client
 	mutex  sync.Mutex
 	state  reconcile.EngineState
+}
+
+// rotators looks at the roles of those that only rotate, where their mount is
+// there. It may be without being wanted, and an operator's policy from before
+// there were any does not let them look where it is not.
+func (o *observation) rotators(ctx context.Context, want reconcile.Engine) error {
+	if err := o.roles(ctx, reconcile.RotatorsMount); err != nil {
+		return err
+	}
+	for _, role := range want.Roles {
+		if role.Mount != reconcile.RotatorsMount {
+			continue
+		}
+		if err := o.role(ctx, role); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (o *observation) audit(ctx context.Context) error {

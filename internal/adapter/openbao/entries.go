@@ -4,7 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"net/http"
+	"maps"
 	"strconv"
 	"strings"
 	"sync"
@@ -13,7 +13,6 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"github.com/nomad-site/site/internal/plan"
 	reconcile "github.com/nomad-site/site/internal/reconcile/secret"
 	"github.com/nomad-site/site/internal/secret"
 	"github.com/nomad-site/site/internal/site"
@@ -75,44 +74,84 @@ func (c *Client) ObserveEntries(ctx context.Context, entries []site.Secret) (map
 			present = append(present, entry)
 		}
 	}
+	declared, err := c.ObserveDeclared(ctx, present)
+	if err != nil {
+		return nil, err
+	}
+	maps.Copy(states, declared)
+	return states, nil
+}
+
+// ObserveDeclared is ObserveEntries without a look around for what no catalogue
+// declares: all of its requests are under way at once.
+func (c *Client) ObserveDeclared(ctx context.Context, entries []site.Secret) (map[string]reconcile.EntryState, error) {
+	var mutex sync.Mutex
+	states := map[string]reconcile.EntryState{}
 	reads, readsCtx := errgroup.WithContext(ctx)
 	reads.SetLimit(parallel)
-	for _, entry := range present {
+	for _, entry := range entries {
 		reads.Go(func() error {
-			data, err := c.read(readsCtx, metadataPath(entry))
+			state, _, err := c.entryState(readsCtx, entry)
 			if err != nil {
 				return err
 			}
 			mutex.Lock()
 			defer mutex.Unlock()
-			states[entry.FullName()] = entryState(data, time.Now())
+			states[entry.FullName()] = state
 			return nil
 		})
 	}
 	return states, reads.Wait()
 }
 
-func entryState(data map[string]any, now time.Time) reconcile.EntryState {
-	version := number(data, "current_version")
-	if version == 0 { // metadata alone, or removed while we looked
+// entryState reads an entry's metadata: the newest version, and whether the
+// active one has a value.
+func entryState(entry site.Secret, data map[string]any, now time.Time) reconcile.EntryState {
+	newest := number(data, "current_version")
+	if newest == 0 { // metadata alone, or removed while we looked
 		return reconcile.EntryState{}
 	}
-	newest := object(object(data, "versions"), strconv.Itoa(version))
-	state := reconcile.EntryState{Exists: true, Version: version, CustomMetadata: texts(data, "custom_metadata")}
-	state.Created, _ = time.Parse(time.RFC3339Nano, text(newest, "created_time"))
-	destroyed, _ := newest["destroyed"].(bool)
-	end, err := time.Parse(time.RFC3339Nano, text(newest, "deletion_time"))
-	state.Deleted = newest == nil || destroyed || err == nil && end.Before(now.Add(clockTolerance))
+	state := reconcile.EntryState{
+		Exists: true, Version: newest, CustomMetadata: texts(data, "custom_metadata"), Versions: versionStates(data, now),
+	}
+	if entry.ProducedBy != nil && entry.ProducedBy.Component != "" {
+		// Its job cannot say which version is active: whatever it wrote last is.
+		state.CustomMetadata = reconcile.WithoutRotation(state.CustomMetadata)
+	}
+	active, known := state.Versions[state.Rotation().Active]
+	state.Created, state.Deleted = active.Created, !known || active.Gone
 	return state
+}
+
+func versionStates(data map[string]any, now time.Time) map[int]reconcile.VersionState {
+	states := map[int]reconcile.VersionState{}
+	versions := object(data, "versions")
+	for name := range versions {
+		version, err := strconv.Atoi(name)
+		if err != nil {
+			continue
+		}
+		fields := object(versions, name)
+		created, _ := time.Parse(time.RFC3339Nano, text(fields, "created_time"))
+		destroyed, _ := fields["destroyed"].(bool)
+		end, err := time.Parse(time.RFC3339Nano, text(fields, "deletion_time"))
+		states[version] = reconcile.VersionState{Created: created, Gone: destroyed || err == nil && end.Before(now.Add(clockTolerance))}
+	}
+	return states
 }
 
 // NoValueError says that a secret has no value to read.
 type NoValueError struct {
 	Name    string
 	Deleted bool
+	// Generation is the one that was asked for; 0 where that was the active one.
+	Generation int
 }
 
 func (e *NoValueError) Error() string {
+	if e.Generation > 0 {
+		return fmt.Sprintf("generation %d of secret %s is gone", e.Generation, e.Name)
+	}
 	if e.Deleted {
 		return fmt.Sprintf("the value of secret %s was deleted", e.Name)
 	}
@@ -121,27 +160,16 @@ func (e *NoValueError) Error() string {
 
 // Hint implements plan.Hinter.
 func (e *NoValueError) Hint() string {
+	if e.Generation > 0 {
+		return "it was retired; jobs follow to the active generation at the next deploy"
+	}
 	return fmt.Sprintf("deploy the site, which makes generated ones; give others with: site secrets set %s", e.Name)
 }
 
-// Read gives a secret's value and its version.
+// Read gives a secret's active value and the generation that it is.
 func (c *Client) Read(ctx context.Context, entry site.Secret) (secret.Value, int, error) {
-	name := entry.FullName()
-	data, err := c.read(ctx, dataPath(entry))
-	if err != nil {
-		return secret.Value{}, 0, err
-	}
-	fields, metadata := object(data, "data"), object(data, "metadata")
-	if fields == nil {
-		return secret.Value{}, number(metadata, "version"), &NoValueError{Name: name, Deleted: metadata != nil}
-	}
-	value, ok := fields[site.SecretField].(string)
-	if !ok {
-		return secret.Value{}, number(metadata, "version"), plan.WithHint(
-			fmt.Errorf("secret %s has no text in its field %q", name, site.SecretField),
-			"it was not written by site; write it anew with: site secrets set %s", name)
-	}
-	return secret.New(value), number(metadata, "version"), nil
+	fields, generation, err := c.ReadActive(ctx, entry)
+	return fields.Value, generation, err
 }
 
 // ConflictError says that somebody else wrote the secret since it was looked at.
@@ -194,34 +222,9 @@ func CheckValue(entry site.Secret, value secret.Value) error {
 	}
 }
 
-// Write gives a secret a new version; cas is the version that it must have, 0
-// for one that never was. Custom metadata, where given, replaces the old.
+// Write gives a secret a new version that is active at once; cas is the newest
+// version that it must have, 0 for one that never was. Custom metadata, where
+// given, replaces the old, but for what belongs to the rotation.
 func (c *Client) Write(ctx context.Context, entry site.Secret, value secret.Value, cas int, custom map[string]string) (int, error) {
-	if err := CheckValue(entry, value); err != nil {
-		return 0, err
-	}
-	answer, err := c.api.Logical().WriteWithContext(ctx, dataPath(entry), map[string]any{
-		"data":    map[string]any{site.SecretField: value.Reveal()},
-		"options": map[string]any{"cas": cas},
-	})
-	// Decided before the value is taken out of the answer: it may be a part of these words.
-	conflict := statusOf(err) == http.StatusBadRequest && strings.Contains(err.Error(), "check-and-set")
-	switch err := describe(err, []secret.Value{value, c.token}, "write %s", dataPath(entry)); {
-	case conflict:
-		return 0, &ConflictError{Name: entry.FullName(), Expected: cas}
-	case err != nil:
-		return 0, err
-	case answer == nil:
-		return 0, fmt.Errorf("write %s: the secrets engine answered nothing", dataPath(entry))
-	}
-	version := number(answer.Data, "version")
-	if custom == nil {
-		return version, nil
-	}
-	metadata := map[string]any{}
-	for key, text := range custom {
-		metadata[key] = text
-	}
-	_, err = c.write(ctx, metadataPath(entry), map[string]any{"custom_metadata": metadata}, value)
-	return version, err
+	return c.WriteFields(ctx, entry, Fields{Value: value}, cas, custom)
 }

@@ -162,7 +162,10 @@ func wrongKey(err error) bool {
 	if !errors.As(err, &refused) {
 		return false
 	}
-	for _, sign := range []string{"invalid key", "message authentication failed", "must be a valid hex or base64", "shorter than minimum", "longer than maximum"} {
+	for _, sign := range []string{
+		"invalid key", "message authentication failed", "must be a valid hex or base64", "shorter than minimum", "longer than maximum",
+		"key verification failed", "incorrect key shares supplied",
+	} {
 		if strings.Contains(refused.Reason, sign) {
 			return true
 		}

@@ -148,7 +148,7 @@ func TestAJobReachesItsOwnSecretsAndNothingElse(t *testing.T) {
 	}
 	a, b := s.job(t, "a"), s.job(t, "b")
 
-	if value, _, err := a.Read(ctx, own); err != nil || value.Reveal() != planted {
+	if got, err := a.ReadGeneration(ctx, own, 0); err != nil || got.Value.Reveal() != planted {
 		t.Errorf("a reads its own: %v", err)
 	}
 	if _, err := a.Write(ctx, produced, secret.New(planted), 0, nil); err != nil {
@@ -160,12 +160,12 @@ func TestAJobReachesItsOwnSecretsAndNothingElse(t *testing.T) {
 	if data, err := a.read(ctx, metadataPath(produced)); err != nil || number(data, "current_version") != 2 {
 		t.Errorf("a sees how old it is: %v", err)
 	}
-	if value, _, err := b.Read(ctx, produced); err != nil || value.Reveal() != planted+"2" {
+	if got, err := b.ReadGeneration(ctx, produced, 0); err != nil || got.Value.Reveal() != planted+"2" {
 		t.Errorf("b reads what a produced: %v", err)
 	}
 	for name, attempt := range map[string]func() error{
-		"reads another job's":         func() error { _, _, err := a.Read(ctx, foreign); return err },
-		"reads what it only produces": func() error { _, _, err := a.Read(ctx, produced); return err },
+		"reads another job's":         func() error { _, err := a.ReadGeneration(ctx, foreign, 0); return err },
+		"reads what it only produces": func() error { _, err := a.ReadGeneration(ctx, produced, 1); return err },
 		"writes its own":              func() error { _, err := a.Write(ctx, own, secret.New(planted), 1, nil); return err },
 		"writes another job's":        func() error { _, err := a.Write(ctx, foreign, secret.New(planted), 1, nil); return err },
 		"deletes what it produces":    func() error { return a.remove(ctx, dataPath(produced)) },

@@ -31,7 +31,7 @@ func (e *LoginError) Unwrap() error { return e.Err }
 // Hint implements plan.Hinter.
 func (e *LoginError) Hint() string {
 	switch e.Mount {
-	case reconcile.OperatorsMount:
+	case reconcile.OperatorsMount, reconcile.RotatorsMount:
 		return "is the key of this operator declared, and deployed by another operator since? see: site operators list; and are both clocks right?"
 	case reconcile.HostsMount:
 		return "deploy the site: it declares the keys of the hosts; and are both clocks right?"
@@ -112,9 +112,12 @@ type liveToken struct {
 func (t liveToken) root() bool { return slices.Contains(t.policies, "root") }
 
 // operator reports whether the token comes from an operator's login.
-func (t liveToken) operator() bool { return t.path == operatorLogin }
+func (t liveToken) operator() bool { return t.path == operatorLogin || t.path == rotatorLogin }
 
-const operatorLogin = "auth/" + reconcile.OperatorsMount + "/login"
+const (
+	operatorLogin = "auth/" + reconcile.OperatorsMount + "/login"
+	rotatorLogin  = "auth/" + reconcile.RotatorsMount + "/login"
+)
 
 func tokenOf(data map[string]any) liveToken {
 	token := liveToken{accessor: text(data, "accessor"), path: text(data, "path"), metadata: texts(data, "meta")}
@@ -140,9 +143,11 @@ type SweepOptions struct {
 
 // Sweep revokes tokens that an earlier run left behind: every root token and
 // operators' tokens of the purpose, but for the client's own. It returns how
-// many there were.
+// many there were. An operator that only rotates may not look at what others
+// hold, so that its sweep finds nothing: its own leftovers end within minutes,
+// or with the next sweep of somebody else.
 func (c *Client) Sweep(ctx context.Context, options SweepOptions) (int, error) {
-	return c.revokeWhere(ctx, options.Thorough, func(token liveToken) bool {
+	return c.revokeWhere(ctx, options.Thorough, []string{operatorLogin}, func(token liveToken) bool {
 		return token.root() || token.operator() && token.metadata[reconcile.PurposeClaim] == options.Purpose
 	})
 }
@@ -150,24 +155,33 @@ func (c *Client) Sweep(ctx context.Context, options SweepOptions) (int, error) {
 // RevokeOperators revokes the live tokens of operators other than those named,
 // but for the client's own, and returns how many there were.
 func (c *Client) RevokeOperators(ctx context.Context, keep []string) (int, error) {
-	return c.revokeWhere(ctx, false, func(token liveToken) bool {
+	return c.revokeWhere(ctx, false, []string{operatorLogin, rotatorLogin}, func(token liveToken) bool {
 		return token.operator() && !slices.Contains(keep, token.metadata[reconcile.OperatorClaim])
 	})
 }
 
-func (c *Client) revokeWhere(ctx context.Context, thorough bool, unwanted func(liveToken) bool) (int, error) {
+// revokeWhere looks at every live token where one of the logins has given one
+// to anybody but us, or where it is to be thorough.
+func (c *Client) revokeWhere(ctx context.Context, thorough bool, logins []string, unwanted func(liveToken) bool) (int, error) {
 	data, err := c.read(ctx, "auth/token/lookup-self")
 	if err != nil {
 		return 0, err
 	}
 	own := tokenOf(data)
+	if own.path == rotatorLogin {
+		return 0, nil
+	}
 	if !thorough {
-		// The common case costs one request: nobody else is logged in.
-		leases, err := c.list(ctx, "sys/leases/lookup/"+operatorLogin)
-		if err != nil {
-			return 0, err
+		// The common case costs one request per login: nobody else is there.
+		leases := 0
+		for _, login := range logins {
+			found, err := c.list(ctx, "sys/leases/lookup/"+login)
+			if err != nil {
+				return 0, err
+			}
+			leases += len(found)
 		}
-		if len(leases) == 0 || len(leases) == 1 && own.operator() {
+		if leases == 0 || leases == 1 && own.operator() {
 			return 0, nil
 		}
 	}

@@ -32,6 +32,7 @@ type clusterAnswer struct {
 		ConnectionLimit int    `json:"connection_limit"`
 		ValidUntil      string `json:"valid_until"`
 		Verifier        string
+		ActsAs          map[string]string `json:"acts_as"`
 	}
 	Memberships []struct {
 		Role, Member string
@@ -127,7 +128,7 @@ func stateOf(cluster *clusterAnswer) role.Actual {
 		state := role.State{
 			System: one.System, Login: one.Login, Superuser: one.Superuser, CreateDB: one.CreateDB, CreateRole: one.CreateRole,
 			Inherit: one.Inherit, Replication: one.Replication, BypassRLS: one.BypassRLS,
-			ConnectionLimit: one.ConnectionLimit, ValidUntil: one.ValidUntil,
+			ConnectionLimit: one.ConnectionLimit, ValidUntil: one.ValidUntil, ActsAs: one.ActsAs,
 		}
 		if one.Verifier != "" {
 			state.Verifier = secret.New(one.Verifier)

@@ -16,7 +16,11 @@ SELECT json_build_object(
       'superuser', rolsuper, 'create_db', rolcreatedb, 'create_role', rolcreaterole, 'inherit', rolinherit,
       'replication', rolreplication, 'bypass_rls', rolbypassrls, 'connection_limit', rolconnlimit,
       'valid_until', CASE WHEN rolvaliduntil <> 'infinity' THEN rolvaliduntil::text END,
-      'verifier', rolpassword) ORDER BY rolname), '[]') FROM pg_authid),
+      'verifier', rolpassword, 'acts_as', acts_as) ORDER BY rolname), '[]')
+    FROM pg_authid LEFT JOIN (
+      SELECT setrole, json_object_agg(coalesce(datname, ''), substr(setting, length('role=') + 1)) AS acts_as
+      FROM pg_db_role_setting LEFT JOIN pg_database AS d ON d.oid = setdatabase, unnest(setconfig) AS setting
+      WHERE starts_with(setting, 'role=') GROUP BY setrole) AS s ON s.setrole = pg_authid.oid),
   'memberships', (SELECT coalesce(json_agg(json_build_object('role', role, 'member', member, 'admin', admin) ORDER BY role, member), '[]')
     FROM (SELECT pg_get_userbyid(roleid) AS role, pg_get_userbyid(member) AS member, bool_or(admin_option) AS admin
       FROM pg_auth_members GROUP BY roleid, member) AS m),

@@ -61,7 +61,11 @@ func (c *Conn) Digest(ctx context.Context, file string) (string, error) {
 type remoteFile struct{ digest, mode, decode string }
 
 func (c *Conn) inspect(ctx context.Context, file string) (remoteFile, error) {
-	output, err := c.Run(ctx, Command{Args: []string{"sh", "-c", inspectScript, "sh", file}})
+	facts, err := c.Facts(ctx)
+	if err != nil {
+		return remoteFile{}, err
+	}
+	output, err := c.Run(ctx, Command{Args: []string{"sh", "-c", inspectScript, "sh", file}, AsLoginUser: facts.sudoLimited})
 	if err != nil {
 		return remoteFile{}, fmt.Errorf("digest of %s: %w", file, err)
 	}

@@ -43,6 +43,9 @@ type Facts struct {
 
 	sudoMissing bool
 	sudoRefusal string
+	// sudoLimited: sudo runs site-host, and nothing else. Who only rotates
+	// secrets needs no more.
+	sudoLimited bool
 }
 
 // Root reports whether the login user is root.
@@ -53,6 +56,7 @@ uname -m; id -u
 if [ "$(id -u)" = 0 ]; then echo root
 elif ! command -v sudo >/dev/null 2>&1; then echo missing
 elif answer=$(sudo -n -- true 2>&1 </dev/null); then echo sudo
+elif sudo -n -- /opt/site/bin/site-host version >/dev/null 2>&1 </dev/null; then echo limited
 else echo refused "$answer"; fi`
 
 // Facts asks the host once; later calls answer from memory.
@@ -77,7 +81,7 @@ func (c *Conn) Facts(ctx context.Context) (Facts, error) {
 	}
 	facts := Facts{Machine: lines[0], UserID: userID}
 	verdict, detail, _ := strings.Cut(strings.TrimSpace(lines[2]), " ")
-	facts.sudoMissing = verdict == "missing"
+	facts.sudoMissing, facts.sudoLimited = verdict == "missing", verdict == "limited"
 	if verdict == "refused" {
 		facts.sudoRefusal = detail
 		if detail == "" {
@@ -85,7 +89,7 @@ func (c *Conn) Facts(ctx context.Context) (Facts, error) {
 		}
 	}
 	// Someone may install sudo or mend the refusal meanwhile.
-	if facts.Root() || verdict == "sudo" {
+	if facts.Root() || verdict == "sudo" || facts.sudoLimited {
 		c.facts = &facts
 	}
 	return facts, nil

@@ -92,18 +92,27 @@ func (d *differ) unit(unit Unit, got ObservedUnit, changed map[string]bool) {
 		d.add(plan.Start, "unit", unit.Name, "not there")
 		return
 	}
-	for _, path := range unit.RestartOn {
-		if changed[path] {
-			d.add(plan.Restart, "unit", unit.Name, "%s changes", path)
-			return
-		}
-	}
 	switch {
+	case firstOf(unit.RestartOn, changed) != "":
+		d.add(plan.Restart, "unit", unit.Name, "%s changes", firstOf(unit.RestartOn, changed))
 	case got.Stale != "":
 		d.add(plan.Restart, "unit", unit.Name, "started before %s changed", got.Stale)
 	case got.NeedsReload:
 		d.add(plan.Restart, "unit", unit.Name, "its unit file changed on disk")
+	case firstOf(unit.ReloadOn, changed) != "":
+		d.add(plan.Reload, "unit", unit.Name, "%s changes", firstOf(unit.ReloadOn, changed))
+	case got.Outdated != "":
+		d.add(plan.Reload, "unit", unit.Name, "has not read %s since it changed", got.Outdated)
 	case got.Enabled != "enabled" && got.Enabled != "static":
 		d.add(plan.Update, "unit", unit.Name, "%s, want enabled", got.Enabled)
 	}
+}
+
+// firstOf is the first of the paths that changes, or empty.
+func firstOf(paths []string, changed map[string]bool) string {
+	at := slices.IndexFunc(paths, func(path string) bool { return changed[path] })
+	if at < 0 {
+		return ""
+	}
+	return paths[at]
 }

@@ -16,8 +16,11 @@ func desired() host.Document {
 		Users:       []host.User{{Name: "orders", UID: 3000, Group: "orders"}},
 		Directories: []host.Directory{{Path: "/srv/orders", Owner: "3000", Group: "orders", Mode: "0750"}},
 		Binaries:    []host.Binary{{Path: "/opt/site/bin/nomad", SHA256: "aa", Mode: "0755"}},
-		Files:       []host.File{{Path: "/etc/nomad.d/nomad.hcl", Owner: "root", Group: "root", Mode: "0600", SHA256: "bb"}},
-		Units:       []host.Unit{{Name: "nomad.service", RestartOn: []string{"/etc/nomad.d/nomad.hcl", "/opt/site/bin/nomad"}}},
+		Files: []host.File{
+			{Path: "/etc/nomad.d/nomad.hcl", Owner: "root", Group: "root", Mode: "0600", SHA256: "bb"},
+			{Path: "/etc/nomad.d/ca.crt", Owner: "root", Group: "root", Mode: "0600", SHA256: "dd"},
+		},
+		Units: []host.Unit{{Name: "nomad.service", RestartOn: []string{"/etc/nomad.d/nomad.hcl", "/opt/site/bin/nomad"}, ReloadOn: []string{"/etc/nomad.d/ca.crt"}}},
 	}
 }
 
@@ -28,13 +31,17 @@ func observed() host.Observation {
 		Users:       map[string]host.User{"orders": {Name: "orders", UID: 3000, Group: "orders"}},
 		Directories: map[string]host.ObservedPath{"/srv/orders": {Exists: true, Kind: "directory", Owner: "orders", OwnerID: "3000", Group: "orders", GroupID: "3000", Mode: "0750"}},
 		Binaries:    map[string]host.ObservedPath{"/opt/site/bin/nomad": {Exists: true, Kind: "file", Owner: "root", Group: "root", Mode: "0755", SHA256: "aa"}},
-		Files:       map[string]host.ObservedPath{"/etc/nomad.d/nomad.hcl": {Exists: true, Kind: "file", Owner: "root", Group: "root", Mode: "0600", SHA256: "bb"}},
-		Units:       map[string]host.ObservedUnit{"nomad.service": {Loaded: true, Active: "active", Enabled: "enabled"}},
+		Files: map[string]host.ObservedPath{
+			"/etc/nomad.d/nomad.hcl": {Exists: true, Kind: "file", Owner: "root", Group: "root", Mode: "0600", SHA256: "bb"},
+			"/etc/nomad.d/ca.crt":    {Exists: true, Kind: "file", Owner: "root", Group: "root", Mode: "0600", SHA256: "dd"},
+		},
+		Units: map[string]host.ObservedUnit{"nomad.service": {Loaded: true, Active: "active", Enabled: "enabled"}},
 	}
 }
 
 func TestDiffNamesExactlyWhatDiffers(t *testing.T) {
 	const config, binary, folder, unit = "/etc/nomad.d/nomad.hcl", "/opt/site/bin/nomad", "/srv/orders", "nomad.service"
+	const authority = "/etc/nomad.d/ca.crt"
 	path := func(paths map[string]host.ObservedPath, name string, change func(*host.ObservedPath)) {
 		it := paths[name]
 		change(&it)
@@ -112,6 +119,21 @@ func TestDiffNamesExactlyWhatDiffers(t *testing.T) {
 		}},
 		{"a unit runs with an old file", func(o *host.Observation) { service(o, func(u *host.ObservedUnit) { u.Stale = config }) },
 			[]string{"restart unit alpha-1: nomad.service (started before /etc/nomad.d/nomad.hcl changed)"}},
+		{"a file that a unit takes anew was edited: the unit reloads", func(o *host.Observation) {
+			path(o.Files, authority, func(p *host.ObservedPath) { p.SHA256 = "cc" })
+		}, []string{
+			"update file alpha-1: /etc/nomad.d/ca.crt (content differs)",
+			"reload unit alpha-1: nomad.service (/etc/nomad.d/ca.crt changes)",
+		}},
+		{"a unit that restarts need not reload", func(o *host.Observation) {
+			path(o.Files, authority, func(p *host.ObservedPath) { p.SHA256 = "cc" })
+			service(o, func(u *host.ObservedUnit) { u.Stale = config })
+		}, []string{
+			"update file alpha-1: /etc/nomad.d/ca.crt (content differs)",
+			"restart unit alpha-1: nomad.service (started before /etc/nomad.d/nomad.hcl changed)",
+		}},
+		{"a unit was not told of a file", func(o *host.Observation) { service(o, func(u *host.ObservedUnit) { u.Outdated = authority }) },
+			[]string{"reload unit alpha-1: nomad.service (has not read /etc/nomad.d/ca.crt since it changed)"}},
 		{"systemd has not read a unit file", func(o *host.Observation) { service(o, func(u *host.ObservedUnit) { u.NeedsReload = true }) },
 			[]string{"restart unit alpha-1: nomad.service (its unit file changed on disk)"}},
 		{"a unit does not start at boot", func(o *host.Observation) { service(o, func(u *host.ObservedUnit) { u.Enabled = "disabled" }) },
@@ -137,7 +159,7 @@ func TestABareHostLacksEverythingInTheOrderOfRepair(t *testing.T) {
 	for _, change := range host.Diff("alpha-1", desired(), host.Observation{}) {
 		kinds = append(kinds, change.Kind)
 	}
-	if want := []string{"package", "group", "user", "directory", "binary", "file", "unit"}; !slices.Equal(kinds, want) {
+	if want := []string{"package", "group", "user", "directory", "binary", "file", "file", "unit"}; !slices.Equal(kinds, want) {
 		t.Errorf("got %v, want %v", kinds, want)
 	}
 }

@@ -20,6 +20,8 @@ type Document struct {
 	Units       []Unit      `json:"units"`
 	// CredentialsExpire is when the agent's certificate among the secret files does.
 	CredentialsExpire time.Time `json:"credentials_expire,omitzero"`
+	// CredentialsIssuer is the sha256 of the CA certificate that it was signed with.
+	CredentialsIssuer string `json:"credentials_issuer,omitempty"`
 }
 
 // Package is a Debian package, satisfied by this version or a newer one.
@@ -77,6 +79,8 @@ type Unit struct {
 	// RestartOn lists files, binaries and drop-ins; a unit that became active
 	// before one of them was last modified must be restarted.
 	RestartOn []string `json:"restart_on,omitempty"`
+	// ReloadOn lists files that it takes anew when it is told to reload: no restart.
+	ReloadOn []string `json:"reload_on,omitempty"`
 }
 
 // Observation is what `site-host observe` found. It lists only differences'
@@ -123,6 +127,8 @@ type ObservedUnit struct {
 	Enabled string `json:"enabled"` // enabled, disabled, static, …
 	// Stale names the first RestartOn path that changed after the unit started.
 	Stale string `json:"stale,omitempty"`
+	// Outdated names the first ReloadOn path that changed after the unit last read it.
+	Outdated string `json:"outdated,omitempty"`
 	// NeedsReload is systemd's own NeedDaemonReload.
 	NeedsReload bool `json:"needs_reload,omitempty"`
 }

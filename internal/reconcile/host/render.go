@@ -10,9 +10,7 @@ import (
 	"sort"
 	"strings"
 	"text/template"
-	"time"
 
-	"github.com/nomad-site/site/internal/secret"
 	"github.com/nomad-site/site/internal/site"
 )
 
@@ -31,14 +29,16 @@ const (
 	// site-host serves to Nomad at OperatorsJWKSURL.
 	OperatorsJWKSPath = "/etc/site/operators.jwks"
 	OperatorsJWKSURL  = "http://127.0.0.1:7380/operators.jwks"
-	StorePath         = "/var/lib/site/store"
-	ReleasesPath      = "/var/lib/site/releases"
-	LockPath          = "/var/lib/site/lock.json"
-	GossipPath        = "/etc/nomad.d/gossip.hcl"
-	CACertPath        = "/etc/nomad.d/tls/ca.crt"
-	AgentCertPath     = "/etc/nomad.d/tls/agent.crt"
-	AgentKeyPath      = "/etc/nomad.d/tls/agent.key"
-	nomadConfigPath   = "/etc/nomad.d/nomad.hcl"
+	// RotatorsJWKSPath is the same for operators who only rotate secrets, and is served beside it.
+	RotatorsJWKSPath = "/etc/site/rotators.jwks"
+	StorePath        = "/var/lib/site/store"
+	ReleasesPath     = "/var/lib/site/releases"
+	LockPath         = "/var/lib/site/lock.json"
+	GossipPath       = "/etc/nomad.d/gossip.hcl"
+	CACertPath       = "/etc/nomad.d/tls/ca.crt"
+	AgentCertPath    = "/etc/nomad.d/tls/agent.crt"
+	AgentKeyPath     = "/etc/nomad.d/tls/agent.key"
+	nomadConfigPath  = "/etc/nomad.d/nomad.hcl"
 )
 
 // Input is all that a host's document is made of.
@@ -51,6 +51,8 @@ type Input struct {
 	Packages        []Package
 	// OperatorsJWKS are the public keys of those who may log in.
 	OperatorsJWKS string
+	// RotatorsJWKS are those of operators who may do no more than rotate secrets.
+	RotatorsJWKS string
 	// Digests are plain hex sha256 of the executables that run on the host.
 	SiteHostSHA256, NomadSHA256, DriverSHA256 string
 	// Applied is what was applied last, nil on a bare host.
@@ -60,15 +62,6 @@ type Input struct {
 	Credentials *Credentials
 	// Templates holds agent/, postgresql/ and units/ of the bootstrap folder.
 	Templates fs.FS
-}
-
-// Credentials are the secret files of one host.
-type Credentials struct {
-	GossipKey    secret.Value
-	CACertPEM    string
-	AgentCertPEM string
-	AgentKeyPEM  secret.Value
-	Expire       time.Time
 }
 
 // NeedsCredentialsError says that a host's secret files can only be written
@@ -143,26 +136,16 @@ func Render(in Input) (Document, error) {
 	}
 	document.Files = append(document.Files,
 		newFile("/etc/tmpfiles.d/site.conf", "0644", tmpfiles(directories)),
-		newFile(OperatorsJWKSPath, "0644", in.OperatorsJWKS))
+		newFile(OperatorsJWKSPath, "0644", in.OperatorsJWKS),
+		newFile(RotatorsJWKSPath, "0644", in.RotatorsJWKS))
 
-	secrets, err := secretFiles(in, values)
-	if err != nil {
+	if err := in.addCredentials(&document); err != nil {
 		return Document{}, err
-	}
-	document.Files = append(document.Files, secrets...)
-	if in.Credentials != nil {
-		document.CredentialsExpire = in.Credentials.Expire
-	} else {
-		document.CredentialsExpire = in.Applied.CredentialsExpire
 	}
 
 	document.Binaries = []Binary{
 		{Path: NomadPath, SHA256: in.NomadSHA256, Mode: "0755"},
 		{Path: DriverPath, SHA256: in.DriverSHA256, Mode: "0755"},
-	}
-	nomadFiles := []string{
-		nomadConfigPath, GossipPath, CACertPath, AgentCertPath, AgentKeyPath,
-		"/etc/systemd/system/nomad.service", NomadPath, DriverPath,
 	}
 	document.Units = []Unit{
 		{Name: "podman.socket"},
@@ -171,7 +154,7 @@ func Render(in Input) (Document, error) {
 	if relay != nil {
 		document.Units = append(document.Units, Unit{Name: relayUnit, RestartOn: []string{SiteHostPath, relayUnitPath}})
 	}
-	document.Units = append(document.Units, Unit{Name: "nomad.service", RestartOn: nomadFiles})
+	document.Units = append(document.Units, nomadUnit())
 	return document, nil
 }
 
@@ -180,43 +163,6 @@ func Render(in Input) (Document, error) {
 func addressPattern(address string) string {
 	return "^" + strings.ReplaceAll(address, ".", "[.]") + "(/[0-9]+)?$"
 }
-
-// secretFiles come from the credentials or, without them, stay what they are.
-func secretFiles(in Input, values map[string]any) ([]File, error) {
-	paths := []string{GossipPath, CACertPath, AgentCertPath, AgentKeyPath}
-	if in.Credentials == nil {
-		var files []File
-		for _, path := range paths {
-			applied := in.Applied.file(path)
-			if applied == nil {
-				return nil, &NeedsCredentialsError{Host: in.Host.Name, Path: path}
-			}
-			applied.Content = ""
-			files = append(files, *applied)
-		}
-		return files, nil
-	}
-	values["GossipKey"] = in.Credentials.GossipKey.Reveal()
-	gossip, err := render(in.Templates, "agent/gossip.hcl.tmpl", values)
-	if err != nil {
-		return nil, err
-	}
-	if !in.Host.Server {
-		// A client has no serf member; the file stays so that the list of files is one for all.
-		gossip = "# Written by site. Only servers gossip.\n"
-	}
-	contents := []string{gossip, in.Credentials.CACertPEM, in.Credentials.AgentCertPEM, in.Credentials.AgentKeyPEM.Reveal()}
-	var files []File
-	for i, path := range paths {
-		file := newFile(path, "0600", contents[i])
-		file.Secret = true
-		files = append(files, file)
-	}
-	return files, nil
-}
-
-// CredentialPaths are the files that only the site root token can write.
-func CredentialPaths() []string { return []string{GossipPath, CACertPath, AgentCertPath, AgentKeyPath} }
 
 // Public is the document without any content: what observe needs, and what may
 // be kept on the host or shown.

@@ -140,9 +140,15 @@ func TestWhatAHostMustHave(t *testing.T) {
 	if want := []string{"podman.socket", "site-host.service", "nomad.service"}; !slices.Equal(units, want) {
 		t.Errorf("units %v, want %v", units, want)
 	}
-	for _, path := range []string{nomadConfig, host.GossipPath, host.CACertPath, host.AgentKeyPath, host.NomadPath, host.DriverPath} {
-		if !slices.Contains(document.Units[2].RestartOn, path) {
+	agent := document.Units[2]
+	for _, path := range []string{nomadConfig, host.NomadPath, host.DriverPath} {
+		if !slices.Contains(agent.RestartOn, path) || slices.Contains(agent.ReloadOn, path) {
 			t.Errorf("the agent does not restart when %s changes", path)
+		}
+	}
+	for _, path := range []string{host.CACertPath, host.AgentCertPath, host.AgentKeyPath} {
+		if !slices.Contains(agent.ReloadOn, path) || slices.Contains(agent.RestartOn, path) {
+			t.Errorf("the agent does not reload when %s changes, or restarts", path)
 		}
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -26,9 +27,22 @@ const (
 	MetaGitSHA     = "site_git_sha"
 	MetaSpecDigest = "site_spec_digest"
 	MetaArtifacts  = "site_artifacts"
+	// MetaSecrets is JSON of the generations that the job's templates read.
+	MetaSecrets = "site_secrets"
+	// MetaTrial is set only on a job that was registered to be tried first, to one
+	// of the two values below: its update blocks are not those of the spec.
+	MetaTrial = "site_trial"
 	// MetaDeployID is set only where a failed rollout of the same spec is
 	// retried: Nomad starts nothing for a version whose deployment failed.
 	MetaDeployID = "site_deploy_id"
+)
+
+// How a job is tried.
+const (
+	// TrialCanary is a job of which a canary of each group was started at first.
+	TrialCanary = "canary"
+	// TrialWhole is a job that cannot have canaries, and that goes back by itself.
+	TrialWhole = "whole"
 )
 
 // Desired is one job as the site wants it.
@@ -43,7 +57,9 @@ type Desired struct {
 	SpecDigest string
 	// Artifacts maps names to digests ("sha256:…").
 	Artifacts map[string]string
-	GitSHA    string
+	// Secrets maps full names ("shop.key") to the generations that templates read.
+	Secrets map[string]int
+	GitSHA  string
 	// Adopt allows taking over a job that was registered by others.
 	Adopt bool
 }
@@ -67,6 +83,9 @@ type Actual struct {
 	GitSHA     string
 	DeployID   string
 	Artifacts  map[string]string
+	Secrets    map[string]int
+	// Trial is TrialCanary, TrialWhole, or empty for a job that was registered as its spec says.
+	Trial string
 
 	Health Health
 	// PlanDiff is the server's own diff against the desired spec, one readable
@@ -178,14 +197,29 @@ func specReason(want Desired, have Actual) string {
 		}
 	}
 	slices.Sort(names)
+	var reasons []string
 	switch len(names) {
 	case 0:
-		return "spec changed"
 	case 1:
-		return fmt.Sprintf("artifact %s changed", names[0])
+		reasons = append(reasons, fmt.Sprintf("artifact %s changed", names[0]))
 	default:
-		return fmt.Sprintf("artifacts %s changed", strings.Join(names, ", "))
+		reasons = append(reasons, fmt.Sprintf("artifacts %s changed", strings.Join(names, ", ")))
 	}
+	if reasons = append(reasons, secretReasons(want.Secrets, have.Secrets)...); len(reasons) == 0 {
+		return "spec changed"
+	}
+	return strings.Join(reasons, ", ")
+}
+
+// secretReasons names the secrets of which a job is to read another generation.
+func secretReasons(want, have map[string]int) []string {
+	var reasons []string
+	for _, name := range slices.Sorted(maps.Keys(want)) {
+		if old, known := have[name]; known && old != want[name] {
+			reasons = append(reasons, fmt.Sprintf("secret %s %d → %d", name, old, want[name]))
+		}
+	}
+	return reasons
 }
 
 // Precondition is the state of a job that a register insists on.
@@ -281,7 +315,7 @@ func SpecDigest(spec []byte) (string, error) {
 		delete(document, field)
 	}
 	if meta, ok := document["Meta"].(map[string]any); ok {
-		for _, key := range []string{MetaGitSHA, MetaDeployID, MetaSpecDigest} {
+		for _, key := range []string{MetaGitSHA, MetaDeployID, MetaSpecDigest, MetaTrial} {
 			delete(meta, key)
 		}
 	}

@@ -68,6 +68,23 @@ func TestDiff(t *testing.T) {
 			}),
 			action: plan.Update, reason: "artifacts hello, page changed", precondition: "modify index 12",
 		},
+		"a secret of which another generation is read is named": {
+			want: wanted(func(d *Desired) { d.Secrets = map[string]int{"shop.key": 7, "shop.new": 1, "shop.same": 3} }),
+			have: running(func(a *Actual) {
+				a.SpecDigest = "sha256:old"
+				a.Secrets = map[string]int{"shop.key": 6, "shop.same": 3, "shop.gone": 2}
+			}),
+			action: plan.Update, reason: "secret shop.key 6 → 7", precondition: "modify index 12",
+		},
+		"secrets are named after artifacts, in order": {
+			want: wanted(func(d *Desired) { d.Secrets = map[string]int{"shop.key": 7, "api.key": 2} }),
+			have: running(func(a *Actual) {
+				a.SpecDigest = "sha256:old"
+				a.Artifacts = map[string]string{"hello": "sha256:b", "page": "sha256:p"}
+				a.Secrets = map[string]int{"shop.key": 6, "api.key": 1}
+			}),
+			action: plan.Update, reason: "artifact hello changed, secret api.key 1 → 2, secret shop.key 6 → 7", precondition: "modify index 12",
+		},
 		"the same digest after a failed deployment is tried again": {
 			want: wanted(), have: running(func(a *Actual) { a.Health = Health{Reason: "last deployment failed"} }),
 			action: plan.Restart, reason: "last deployment failed", precondition: "modify index 12",
@@ -165,15 +182,17 @@ func TestSpecDigest(t *testing.T) {
 		spec string
 		same bool
 	}{
-		"key order does not matter":    {`{"TaskGroups":[{"Count":1}],"Meta":{"site_git_sha":"abc","site_name":"lab"},"ID":"hello"}`, true},
-		"the git sha is left out":      {`{"ID":"hello","Meta":{"site_name":"lab","site_git_sha":"def"},"TaskGroups":[{"Count":1}]}`, true},
-		"the deploy id is left out":    {`{"ID":"hello","Meta":{"site_name":"lab","site_deploy_id":"9"},"TaskGroups":[{"Count":1}]}`, true},
-		"the digest itself is out":     {`{"ID":"hello","Meta":{"site_name":"lab","site_spec_digest":"x"},"TaskGroups":[{"Count":1}]}`, true},
-		"the server's fields are out":  {`{"ID":"hello","Version":3,"Stop":false,"ModifyIndex":9,"Meta":{"site_name":"lab"},"TaskGroups":[{"Count":1}]}`, true},
-		"a null says nothing":          {`{"ID":"hello","Multiregion":null,"Meta":{"site_name":"lab"},"TaskGroups":[{"Count":1,"Scaling":null}]}`, true},
-		"a count matters":              {`{"ID":"hello","Meta":{"site_name":"lab"},"TaskGroups":[{"Count":2}]}`, false},
-		"other meta matters":           {`{"ID":"hello","Meta":{"site_name":"lab","colour":"red"},"TaskGroups":[{"Count":1}]}`, false},
-		"an artifact's digest matters": {`{"ID":"hello","Meta":{"site_name":"lab","site_artifacts":"{}"},"TaskGroups":[{"Count":1}]}`, false},
+		"key order does not matter":          {`{"TaskGroups":[{"Count":1}],"Meta":{"site_git_sha":"abc","site_name":"lab"},"ID":"hello"}`, true},
+		"the git sha is left out":            {`{"ID":"hello","Meta":{"site_name":"lab","site_git_sha":"def"},"TaskGroups":[{"Count":1}]}`, true},
+		"the deploy id is left out":          {`{"ID":"hello","Meta":{"site_name":"lab","site_deploy_id":"9"},"TaskGroups":[{"Count":1}]}`, true},
+		"the mark of a trial is left out":    {`{"ID":"hello","Meta":{"site_name":"lab","site_trial":"canary"},"TaskGroups":[{"Count":1}]}`, true},
+		"the generation of a secret matters": {`{"ID":"hello","Meta":{"site_name":"lab","site_secrets":"{\"shop.key\":7}"},"TaskGroups":[{"Count":1}]}`, false},
+		"the digest itself is out":           {`{"ID":"hello","Meta":{"site_name":"lab","site_spec_digest":"x"},"TaskGroups":[{"Count":1}]}`, true},
+		"the server's fields are out":        {`{"ID":"hello","Version":3,"Stop":false,"ModifyIndex":9,"Meta":{"site_name":"lab"},"TaskGroups":[{"Count":1}]}`, true},
+		"a null says nothing":                {`{"ID":"hello","Multiregion":null,"Meta":{"site_name":"lab"},"TaskGroups":[{"Count":1,"Scaling":null}]}`, true},
+		"a count matters":                    {`{"ID":"hello","Meta":{"site_name":"lab"},"TaskGroups":[{"Count":2}]}`, false},
+		"other meta matters":                 {`{"ID":"hello","Meta":{"site_name":"lab","colour":"red"},"TaskGroups":[{"Count":1}]}`, false},
+		"an artifact's digest matters":       {`{"ID":"hello","Meta":{"site_name":"lab","site_artifacts":"{}"},"TaskGroups":[{"Count":1}]}`, false},
 	}
 	want, err := SpecDigest([]byte(base))
 	if err != nil {

@@ -8,7 +8,6 @@ import (
 	"strings"
 
 	"github.com/nomad-site/site/internal/plan"
-	"github.com/nomad-site/site/internal/secret"
 	"github.com/nomad-site/site/internal/site"
 )
 
@@ -38,7 +37,10 @@ type attribute struct {
 	sql        string
 }
 
-func attributesOf(want site.Role, have State) []attribute {
+func attributesOf(want account, have State) []attribute {
+	if want.loginUnknown {
+		want.Login = have.Login
+	}
 	option := func(name, word string, have, want bool) attribute {
 		if !want {
 			word = "NO" + word
@@ -71,46 +73,56 @@ func limit(connections int) string {
 
 func diffRoles(want Desired, have Actual) []item {
 	var items []item
-	for _, role := range want.Roles {
-		password, known := want.Passwords[role.Name]
-		if role.Password == "" {
-			password = secret.Value{}
-		}
+	for _, role := range accountsOf(want) {
 		state, exists := have.Roles[role.Name]
 		if !exists {
-			items = append(items, createRole(role, password))
+			items = append(items, createRole(role))
 			continue
 		}
-		var reasons, words []string
-		for _, attribute := range attributesOf(role, state) {
-			if attribute.have != attribute.want {
-				reasons = append(reasons, fmt.Sprintf("%s: %s → %s", attribute.name, attribute.have, attribute.want))
-				words = append(words, attribute.sql)
-			}
-		}
-		if len(reasons) > 0 {
-			items = append(items, item{
-				change: plan.Change{Action: plan.Update, Kind: KindRole, Target: display(role.Name), Reason: strings.Join(reasons, ", ")},
-				phase:  phaseRoles, statements: sql("", "ALTER ROLE %s WITH %s", quote(role.Name), strings.Join(words, " ")),
-			})
-		}
-		reason := passwordReason(role, state.Verifier, password, known)
-		if reason == "" {
-			continue
-		}
-		one := item{
-			change: plan.Change{Action: plan.Update, Kind: KindPassword, Target: display(role.Name), Reason: reason},
-			phase:  phaseRoles, password: password, statements: sql("", "ALTER ROLE %s", quote(role.Name)),
-		}
-		if password.IsZero() {
-			one.statements[0].SQL += " PASSWORD NULL"
-		}
-		items = append(items, one)
+		items = append(items, updateRole(role, state)...)
+		items = append(items, updatePassword(role, state)...)
 	}
 	return items
 }
 
-func createRole(role site.Role, password secret.Value) item {
+func updateRole(role account, state State) []item {
+	var reasons, words []string
+	for _, attribute := range attributesOf(role, state) {
+		if attribute.have != attribute.want {
+			reasons = append(reasons, fmt.Sprintf("%s: %s → %s", attribute.name, attribute.have, attribute.want))
+			words = append(words, attribute.sql)
+		}
+	}
+	if len(reasons) == 0 {
+		return nil
+	}
+	one := item{
+		change: plan.Change{Action: plan.Update, Kind: KindRole, Target: display(role.Name), Reason: strings.Join(reasons, ", ")},
+		phase:  phaseRoles, statements: sql("", "ALTER ROLE %s WITH %s", quote(role.Name), strings.Join(words, " ")),
+	}
+	if state.Login && !role.Login && !role.loginUnknown {
+		one.phase = phaseStandDown
+	}
+	return []item{one}
+}
+
+func updatePassword(role account, state State) []item {
+	reason := role.passwordReason(state.Verifier)
+	if reason == "" {
+		return nil
+	}
+	one := item{
+		change: plan.Change{Action: plan.Update, Kind: KindPassword, Target: display(role.Name), Reason: reason},
+		phase:  phaseRoles, password: role.password, statements: sql("", "ALTER ROLE %s", quote(role.Name)),
+	}
+	if role.password.IsZero() {
+		one.statements[0].SQL += " PASSWORD NULL"
+		one.phase = phaseStandDown
+	}
+	return []item{one}
+}
+
+func createRole(role account) item {
 	var words, details []string
 	fresh := State{Inherit: true, ConnectionLimit: -1}
 	for _, attribute := range attributesOf(role, fresh) {
@@ -120,32 +132,14 @@ func createRole(role site.Role, password secret.Value) item {
 		words = append(words, attribute.sql)
 	}
 	words = words[:len(words)-1] // a new role never expires
-	if !password.IsZero() {
+	if !role.password.IsZero() {
 		details = append(details, "with a password")
 	}
 	return item{
 		change: plan.Change{Action: plan.Create, Kind: KindRole, Target: display(role.Name), Reason: "no such role", Details: details},
-		phase:  phaseRoles, password: password,
+		phase:  phaseRoles, password: role.password,
 		statements: sql("", "CREATE ROLE %s WITH %s", quote(role.Name), strings.Join(words, " ")),
 	}
-}
-
-// passwordReason says how a password differs; empty where it does not, and
-// where it is declared but not known here.
-func passwordReason(role site.Role, verifier, password secret.Value, known bool) string {
-	switch {
-	case role.Password == "" && verifier.IsZero(), role.Password != "" && !known:
-		return ""
-	case role.Password == "":
-		return "it has a password that nobody declares"
-	case verifier.IsZero():
-		return "it has no password"
-	case !strings.HasPrefix(verifier.Reveal(), scramMechanism+"$"):
-		return "the password is not stored as " + scramMechanism
-	case !Verify(verifier, password):
-		return "password differs"
-	}
-	return ""
 }
 
 func membershipTarget(group, member string) string {
@@ -158,7 +152,7 @@ func diffMemberships(want Desired, have Actual) []item {
 		held[Membership{Role: membership.Role, Member: membership.Member}] = true
 	}
 	var items []item
-	for _, role := range want.Roles {
+	for _, role := range accountsOf(want) {
 		for _, group := range role.MemberOf {
 			if held[Membership{Role: group, Member: role.Name}] {
 				continue
@@ -174,7 +168,7 @@ func diffMemberships(want Desired, have Actual) []item {
 
 func undeclaredMemberships(want Desired, have Actual) []item {
 	declared := map[Membership]bool{}
-	for _, role := range want.Roles {
+	for _, role := range accountsOf(want) {
 		for _, group := range role.MemberOf {
 			declared[Membership{Role: group, Member: role.Name}] = true
 		}
@@ -251,9 +245,10 @@ func undeclaredDatabases(want Desired, have Actual) []item {
 }
 
 func undeclaredRoles(want Desired, have Actual) []item {
+	accounts := accountsOf(want)
 	var items []item
 	for _, name := range slices.Sorted(maps.Keys(have.Roles)) {
-		if have.Roles[name].System || slices.ContainsFunc(want.Roles, func(r site.Role) bool { return r.Name == name }) {
+		if have.Roles[name].System || slices.ContainsFunc(accounts, func(one account) bool { return one.Name == name }) {
 			continue
 		}
 		items = append(items, item{

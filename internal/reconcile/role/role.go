@@ -20,6 +20,7 @@ const (
 	KindRole             = "role"
 	KindPassword         = "role password"
 	KindMembership       = "role membership"
+	KindSession          = "role session"
 	KindDatabase         = "database"
 	KindGrant            = "grant"
 	KindDefaultPrivilege = "default privilege"
@@ -35,8 +36,21 @@ type Desired struct {
 	Roles     []site.Role
 	Grants    []site.Grant
 	// Passwords are by role name. The password of a role that declares one and
-	// is not in here is neither compared nor changed.
+	// is not in here is neither compared nor changed. Those of alternating roles
+	// are in Logins.
 	Passwords map[string]secret.Value
+	// Logins are by the name of an alternating role: which of its two logins may
+	// log in now, and with what; the others may not. It may hold the role itself,
+	// for as long as what ran before it alternated still logs in as it. An
+	// alternating role that is not in here has logins, but who of them may log in
+	// is neither compared nor changed.
+	Logins map[string][]Login
+}
+
+// Login may log in with its password.
+type Login struct {
+	Name     string
+	Password secret.Value
 }
 
 // DesiredOf collects what all active components declare, sorted by name;
@@ -83,6 +97,9 @@ type State struct {
 	ValidUntil string
 	// Verifier is what the server keeps of the password; empty for none.
 	Verifier secret.Value
+	// ActsAs is the role that its sessions become, by database; that of the empty
+	// name is for all databases that are not in here.
+	ActsAs map[string]string
 }
 
 // Membership is one role's in another.
@@ -155,7 +172,7 @@ func (want Desired) Check() error {
 			problems = append(problems, fmt.Errorf("database %q belongs to the server", database.Name))
 		}
 	}
-	for _, role := range want.Roles {
+	for _, role := range accountsOf(want) {
 		name("role", role.Name)
 		if strings.HasPrefix(role.Name, "pg_") || slices.Contains([]string{"postgres", Public, "none"}, role.Name) {
 			problems = append(problems, fmt.Errorf("role %q: the name is reserved by the server", role.Name))
@@ -163,7 +180,7 @@ func (want Desired) Check() error {
 		for _, group := range role.MemberOf {
 			name("group of role "+display(role.Name), group)
 		}
-		if password, known := want.Passwords[role.Name]; known {
+		if password, known := want.Passwords[role.Name]; known && !role.turns {
 			if err := CheckPassword(password); err != nil {
 				problems = append(problems, plan.WithHint(fmt.Errorf("password of role %q, secret %s: %w", role.Name, role.Password, err),
 					"set it again with: site secrets set %s", role.Password))
@@ -184,7 +201,7 @@ func (want Desired) Check() error {
 			}
 		}
 	}
-	return errors.Join(problems...)
+	return errors.Join(append(problems, want.checkLogins()...)...)
 }
 
 // longestName is NAMEDATALEN - 1; the server cuts longer names without an error.

@@ -53,6 +53,11 @@ func NewVerifier(password secret.Value) (secret.Value, error) {
 	return secret.New(fmt.Sprintf("%s$%d:%s$%s:%s", scramMechanism, scramIterations, encode(salt), encode(stored), encode(server))), nil
 }
 
+// isScram reports whether a verifier is of the mechanism that all have to use.
+func isScram(verifier secret.Value) bool {
+	return strings.HasPrefix(verifier.Reveal(), scramMechanism+"$")
+}
+
 // Verify reports whether a verifier was made of the password. One that is
 // missing, an MD5 hash or unreadable was not.
 func Verify(verifier, password secret.Value) bool {

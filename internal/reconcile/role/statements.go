@@ -44,6 +44,8 @@ const (
 	phaseReload phase = iota
 	phaseRoles
 	phaseMemberships
+	phaseSessions
+	phaseStandDown // logins that end: those that take their place work by now
 	phaseCreateDatabases
 	phaseCluster // databases' owners, limits and privileges
 	phaseGrants
@@ -93,6 +95,7 @@ func missing(want Desired, have Actual) []item {
 	items := diffConfiguration(have)
 	items = append(items, diffRoles(want, have)...)
 	items = append(items, diffMemberships(want, have)...)
+	items = append(items, diffSessions(want, have)...)
 	items = append(items, diffDatabases(want, have)...)
 	return append(items, missingGrants(want, have)...)
 }

@@ -20,12 +20,23 @@ const Import = plan.Action("import")
 // zero value is one that was never there.
 type EntryState struct {
 	Exists bool
-	// Deleted: the newest version has no value any more, what is known about
+	// Deleted: the active version has no value any more, what is known about
 	// the secret is still there.
-	Deleted        bool
-	Version        int
+	Deleted bool
+	// Version is the newest one, which a write insists on; it need not be the active.
+	Version int
+	// Created is when the active version was written.
 	Created        time.Time
 	CustomMetadata map[string]string
+	// Versions are those that the engine still knows.
+	Versions map[int]VersionState
+}
+
+// VersionState is what the engine knows about one version of an entry.
+type VersionState struct {
+	Created time.Time
+	// Gone: its value cannot be read any more.
+	Gone bool
 }
 
 // HasValue reports whether a job that reads the secret gets one.

@@ -16,18 +16,24 @@ import (
 const (
 	// OperatorsMount is where operators log in with a JWT signed by their SSH key.
 	OperatorsMount = "operators"
+	// RotatorsMount is where operators that only rotate log in. A mount of their
+	// own: any key that a mount takes may speak for any name that one of its
+	// roles takes.
+	RotatorsMount = "rotators"
 	// HostsMount is where the hosts' own keys log in.
 	HostsMount = "hosts"
 	// JobsMount is where the workload identities of Nomad log in.
 	JobsMount = "jwt-nomad"
 
-	// OperatorRole and HostRole are the roles of their mounts.
+	// OperatorRole, RotatorRole and HostRole are the roles of their mounts.
 	OperatorRole = "operator"
+	RotatorRole  = "rotator"
 	HostRole     = "host"
 
-	// OperatorPolicy, HostPolicy and the prefix of the jobs' policies.
+	// The policies, and the prefix of the jobs'.
 	OperatorPolicy  = "site-operator"
 	HostPolicy      = "site-host"
+	RotatorPolicy   = "site-rotator"
 	JobPolicyPrefix = "job-"
 
 	// Audience is what tokens of operators and hosts are for; the issuers are
@@ -57,11 +63,18 @@ const (
 	jobPeriod      = 30 * 60
 )
 
+// MaxVersions is how many versions of a secret the engine keeps, but for entries
+// that ask for more.
+const MaxVersions = 10
+
 // Operator is one who may log in.
 type Operator struct {
 	Name string
 	// PublicKeyPEM is the public half of the SSH key, as PKIX in PEM.
 	PublicKeyPEM string
+	// Rights is what the operator may do: site.RightsDeploy, which it is when
+	// nobody says, or site.RightsRotate.
+	Rights string
 }
 
 // Settings are fields of one of the engine's documents in their JSON form:
@@ -130,28 +143,11 @@ func DesiredEngine(s *site.Site, operators []Operator, hostKeysPEM []string) Eng
 		Mounts: []Mount{{
 			Path: site.SecretMount, Type: "kv",
 			Tune:   tune("secrets of the site's components", Settings{"version": "2"}),
-			Config: Settings{"max_versions": 10, "cas_required": false, "delete_version_after": "0s"},
+			Config: Settings{"max_versions": MaxVersions, "cas_required": false, "delete_version_after": "0s"},
 		}},
 		Policies: map[string]string{OperatorPolicy: operatorPolicy()},
 	}
-	var names, keys []string
-	for _, operator := range operators {
-		names = append(names, operator.Name)
-		keys = append(keys, operator.PublicKeyPEM)
-	}
-	engine.addAuth(OperatorsMount, "operators of the site, by SSH key", jwtConfig(Settings{
-		"jwt_validation_pubkeys": tidyPEM(keys), "bound_issuer": OperatorIssuer, "default_role": OperatorRole,
-		"jwt_supported_algs": []string{"EdDSA", "RS256", "ES256", "ES384", "ES512"},
-	}))
-	engine.addRole(OperatorsMount, OperatorRole, Settings{
-		"bound_audiences": []string{Audience},
-		// A token may not speak for someone who was never declared.
-		"bound_claims":   map[string]any{OperatorClaim: sortedUnique(names)},
-		"user_claim":     OperatorClaim,
-		"claim_mappings": map[string]any{OperatorClaim: OperatorClaim, PurposeClaim: PurposeClaim},
-		"token_policies": []string{OperatorPolicy},
-		"token_ttl":      operatorTTL, "token_max_ttl": operatorMaxTTL,
-	})
+	engine.addOperators(operators)
 	if len(hostKeysPEM) > 0 { // the engine takes no auth method without a key
 		engine.Policies[HostPolicy] = hostPolicy()
 		engine.addAuth(HostsMount, "hosts of the site, by their own key", jwtConfig(Settings{
@@ -172,6 +168,54 @@ func DesiredEngine(s *site.Site, operators []Operator, hostKeysPEM []string) Eng
 	}))
 	engine.addJobs(s)
 	return engine
+}
+
+// addOperators lets operators in by their SSH keys, those that only rotate at a
+// mount that gives away less.
+func (e *Engine) addOperators(operators []Operator) {
+	var rotators []Operator
+	operators = slices.DeleteFunc(slices.Clone(operators), func(operator Operator) bool {
+		if operator.Rights == site.RightsRotate {
+			rotators = append(rotators, operator)
+		}
+		return operator.Rights == site.RightsRotate
+	})
+	e.addLogin(site.RightsDeploy, OperatorPolicy, "operators of the site, by SSH key", operators)
+	if len(rotators) > 0 { // the engine takes no auth method without a key
+		e.Policies[RotatorPolicy] = rotatorPolicy()
+		e.addLogin(site.RightsRotate, RotatorPolicy, "operators of the site that only rotate secrets, by SSH key", rotators)
+	}
+}
+
+// OperatorLogin gives the mount and the role where an operator with these
+// rights logs in.
+func OperatorLogin(rights string) (mount, role string) {
+	if rights == site.RightsRotate {
+		return RotatorsMount, RotatorRole
+	}
+	return OperatorsMount, OperatorRole
+}
+
+func (e *Engine) addLogin(rights, policy, description string, operators []Operator) {
+	mount, role := OperatorLogin(rights)
+	var names, keys []string
+	for _, operator := range operators {
+		names = append(names, operator.Name)
+		keys = append(keys, operator.PublicKeyPEM)
+	}
+	e.addAuth(mount, description, jwtConfig(Settings{
+		"jwt_validation_pubkeys": tidyPEM(keys), "bound_issuer": OperatorIssuer, "default_role": role,
+		"jwt_supported_algs": []string{"EdDSA", "RS256", "ES256", "ES384", "ES512"},
+	}))
+	e.addRole(mount, role, Settings{
+		"bound_audiences": []string{Audience},
+		// A token may not speak for someone who was never declared.
+		"bound_claims":   map[string]any{OperatorClaim: sortedUnique(names)},
+		"user_claim":     OperatorClaim,
+		"claim_mappings": map[string]any{OperatorClaim: OperatorClaim, PurposeClaim: PurposeClaim},
+		"token_policies": []string{policy},
+		"token_ttl":      operatorTTL, "token_max_ttl": operatorMaxTTL,
+	})
 }
 
 func (e *Engine) addJobs(s *site.Site) {

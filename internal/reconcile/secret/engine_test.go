@@ -143,7 +143,7 @@ func TestDiffEngine(t *testing.T) {
 		}, []string{"update audit device file (log_raw differs)"}},
 		"an engine that is empty": {func(state *secret.EngineState) { *state = secret.EngineState{} }, []string{
 			"create audit device file (missing)", "create mount site (missing)",
-			"create policy job-broker (missing)", "create policy job-shop (missing)", "create policy site-operator (missing)",
+			"create policy site-operator (missing)", "create policy job-broker (missing)", "create policy job-shop (missing)",
 			"create auth method operators (missing)", "create auth method jwt-nomad (missing)",
 			"create identity role operators/operator (missing)", "create identity role jwt-nomad/broker (missing)", "create identity role jwt-nomad/shop (missing)",
 		}},

@@ -50,7 +50,7 @@ func DiffEngine(want Engine, have EngineState) []plan.Change {
 	for _, mount := range want.Mounts {
 		addMount(KindMount, mount, have.Mounts)
 	}
-	for _, name := range sortedKeys(want.Policies) {
+	for _, name := range policyOrder(want.Policies) {
 		text, exists := have.Policies[name]
 		var differs []string
 		if strings.TrimSpace(text) != strings.TrimSpace(want.Policies[name]) {
@@ -64,6 +64,42 @@ func DiffEngine(want Engine, have EngineState) []plan.Change {
 	for _, role := range want.Roles {
 		found, exists := have.Roles[role.Target()]
 		add(KindRole, role.Target(), exists, differences(role.Settings, found.Settings))
+	}
+	return append(changes, closedRotators(want, have)...)
+}
+
+// policyOrder puts the operators' own policy first: it may have to allow the
+// changes that follow.
+func policyOrder(policies map[string]string) []string {
+	names := sortedKeys(policies)
+	slices.SortStableFunc(names, func(a, b string) int {
+		switch {
+		case a == OperatorPolicy:
+			return -1
+		case b == OperatorPolicy:
+			return 1
+		}
+		return 0
+	})
+	return names
+}
+
+// closedRotators are the deletions of what lets operators in that only rotate,
+// where the site declares none any more. They wait for no --prune: the mount
+// still takes the keys that were removed, and no operator may unmount it.
+func closedRotators(want Engine, have EngineState) []plan.Change {
+	if _, wanted := want.Policies[RotatorPolicy]; wanted {
+		return nil
+	}
+	const reason = "no operator only rotates any more"
+	var changes []plan.Change
+	for _, target := range sortedKeys(have.Roles) {
+		if have.Roles[target].Mount == RotatorsMount {
+			changes = append(changes, plan.Change{Action: plan.Delete, Kind: KindRole, Target: target, Reason: reason})
+		}
+	}
+	if _, exists := have.Policies[RotatorPolicy]; exists {
+		changes = append(changes, plan.Change{Action: plan.Delete, Kind: KindPolicy, Target: RotatorPolicy, Reason: reason})
 	}
 	return changes
 }
@@ -122,10 +158,10 @@ func Foreign(want Engine, have EngineState) []string {
 		return slices.ContainsFunc(want.Audit, func(device AuditDevice) bool { return device.Path == path })
 	})
 	report(KindMount, sortedKeys(have.Mounts), []string{"sys", "identity", "cubbyhole", "agent-registry"}, isOneOf(want.Mounts))
-	report(KindAuth, sortedKeys(have.Auth), []string{"token"}, isOneOf(want.Auth))
+	report(KindAuth, sortedKeys(have.Auth), []string{"token", RotatorsMount}, isOneOf(want.Auth))
 	report(KindPolicy, sortedKeys(have.Policies), []string{"root", "default", "response-wrapping", "control-group"}, func(name string) bool {
 		_, wanted := want.Policies[name]
-		return wanted || strings.HasPrefix(name, JobPolicyPrefix)
+		return wanted || strings.HasPrefix(name, JobPolicyPrefix) || name == RotatorPolicy
 	})
 	return found
 }

@@ -13,12 +13,13 @@ func operatorPolicy() string {
 	all.allow(site.SecretMount+"/metadata", "list")
 	all.allow(site.SecretMount+"/metadata/*", "create", "read", "update", "list")
 	all.allow(site.SecretMount+"/undelete/*", "create", "update")
+	all.allow(site.SecretMount+"/destroy/*", "create", "update")
 
 	all.allow("sys/mounts", "read")
 	all.allow("sys/mounts/"+site.SecretMount, "create", "read", "update")
 	all.allow("sys/mounts/"+site.SecretMount+"/tune", "read", "create", "update")
 	all.allow("sys/auth", "read")
-	for _, mount := range []string{OperatorsMount, HostsMount, JobsMount} {
+	for _, mount := range []string{OperatorsMount, RotatorsMount, HostsMount, JobsMount} {
 		all.allow("sys/auth/"+mount, "create", "read", "update", "sudo")
 		// Auth methods are tuned at either of two paths.
 		all.allow("sys/auth/"+mount+"/tune", "create", "read", "update", "sudo")
@@ -33,17 +34,41 @@ func operatorPolicy() string {
 	all.allow("sys/policies/acl/", "list")
 	all.allow("sys/policies/acl/"+JobPolicyPrefix+"*", "create", "read", "update", "delete")
 	all.allow("sys/policies/acl/"+OperatorPolicy, "create", "read", "update")
+	all.allow("sys/policies/acl/"+RotatorPolicy, "create", "read", "update", "delete")
 	all.allow("sys/policies/acl/"+HostPolicy, "create", "read", "update")
+
+	// To change the unseal key, where that takes a token; who does it proves
+	// the old key too. Not sys/rotate/root itself, which asks for no key.
+	all.allow("sys/rotate/root/init", "create", "read", "update", "delete")
+	all.allow("sys/rotate/root/update", "create", "update")
+	all.allow("sys/rotate/root/verify", "create", "read", "update", "delete")
 
 	all.allow("sys/leases/lookup/auth/*", "list", "sudo")
 	all.allow("auth/token/accessors", "list", "sudo")
 	all.allow("auth/token/accessors/", "list", "sudo")
 	all.allow("auth/token/lookup-accessor", "create", "update")
 	all.allow("auth/token/revoke-accessor", "create", "update")
-	all.allow("auth/token/lookup-self", "read")
-	all.allow("auth/token/renew-self", "create", "update")
-	all.allow("auth/token/revoke-self", "create", "update")
+	all.allowOwnToken()
 	return all.text("What operators of the site may do; made by site, changes are undone.")
+}
+
+// rotatorPolicy is what a rotation of the catalogue's secrets needs, and nothing
+// of the engine itself: whoever steals a machine's key can read and replace
+// values, and let nobody else in.
+func rotatorPolicy() string {
+	all := rules{}
+	all.allow(site.SecretMount+"/data/*", "create", "read", "update")
+	all.allow(site.SecretMount+"/metadata", "list")
+	all.allow(site.SecretMount+"/metadata/*", "read", "update", "list")
+	all.allow(site.SecretMount+"/destroy/*", "create", "update")
+	all.allowOwnToken()
+	return all.text("What operators of the site that only rotate may do; made by site, changes are undone.")
+}
+
+func (r rules) allowOwnToken() {
+	r.allow("auth/token/lookup-self", "read")
+	r.allow("auth/token/renew-self", "create", "update")
+	r.allow("auth/token/revoke-self", "create", "update")
 }
 
 // hostPolicy is what a host's own key may do: nothing yet but to know itself.

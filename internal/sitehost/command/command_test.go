@@ -189,6 +189,32 @@ func TestTheHostKeyIsMadeOnceAndShown(t *testing.T) {
 	}
 }
 
+func TestTheHostKeyRotatesByANextOne(t *testing.T) {
+	path := "--file=" + filepath.Join(t.TempDir(), "host.key")
+	for _, verb := range []string{"next", "switch"} {
+		if got := run(t.Context(), "", "", "host-key", verb, path); got.code != ExitNotThere || got.stdout != "" {
+			t.Errorf("%s without a key: %+v", verb, got)
+		}
+	}
+	alone := run(t.Context(), "", "", "host-key", "ensure", path)
+	both := run(t.Context(), "", "", "host-key", "next", path)
+	if both.code != 0 || !strings.Contains(both.stdout, `,"next_public_key_pem":"-----BEGIN PUBLIC KEY-----\n`) {
+		t.Errorf("next: %+v", both)
+	}
+	for _, verb := range []string{"ensure", "show", "next"} {
+		if got := run(t.Context(), "", "", "host-key", verb, path); got != both {
+			t.Errorf("%s names one of two keys, or others: %+v", verb, got)
+		}
+	}
+	switched := run(t.Context(), "", "", "host-key", "switch", path)
+	if switched.code != 0 || switched == alone || strings.Contains(switched.stdout, "next") {
+		t.Errorf("switch: %+v", switched)
+	}
+	if got := run(t.Context(), "", "", "host-key", "show", path); got != switched {
+		t.Errorf("afterwards: %+v", got)
+	}
+}
+
 func TestOpenBaosStorageIsWipedUntilItIsMarked(t *testing.T) {
 	folder := t.TempDir()
 	data := "--data=" + folder

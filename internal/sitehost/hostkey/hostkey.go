@@ -19,6 +19,56 @@ import (
 // DefaultPath is where the key lies on a host.
 const DefaultPath = "/etc/site/host.key"
 
+// nextSuffix is behind the path of the key that is to follow.
+const nextSuffix = ".next"
+
+// Keys are the public halves of the key in use and, while it rotates, of the one
+// that is to follow, as PEM.
+type Keys struct {
+	Current string
+	Next    string
+}
+
+// Read reads both. It is fs.ErrNotExist where there is no key in use.
+func Read(path string) (Keys, error) {
+	var keys Keys
+	var err error
+	if keys.Current, err = Public(path); err != nil {
+		return Keys{}, err
+	}
+	if keys.Next, err = Public(path + nextSuffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return Keys{}, err
+	}
+	return keys, nil
+}
+
+// EnsureNext makes the key that is to follow, where there is none yet: whoever was
+// told of one before it was switched to goes on with that one.
+func EnsureNext(path string) (Keys, error) {
+	if _, err := Public(path); err != nil {
+		return Keys{}, err
+	}
+	if _, err := Ensure(path + nextSuffix); err != nil {
+		return Keys{}, err
+	}
+	return Read(path)
+}
+
+// Switch puts the next key in the place of the one in use, which is gone then. It
+// is fs.ErrNotExist where there is no next one.
+func Switch(path string) (Keys, error) {
+	if _, err := Public(path + nextSuffix); err != nil {
+		return Keys{}, err
+	}
+	if err := os.Rename(path+nextSuffix, path); err != nil {
+		return Keys{}, fmt.Errorf("switch the host key: %w", err)
+	}
+	if err := atomicfile.SyncFolder(filepath.Dir(path)); err != nil {
+		return Keys{}, fmt.Errorf("switch the host key: %w", err)
+	}
+	return Read(path)
+}
+
 // Ensure makes the key where there is none, and returns its public half as PEM.
 // A key that is there is never replaced: others know it.
 func Ensure(path string) (string, error) {

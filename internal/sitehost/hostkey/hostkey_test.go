@@ -58,6 +58,45 @@ func TestAKeyIsMadeOnceAndStays(t *testing.T) {
 	}
 }
 
+func TestANextKeyIsMadeOnceAndTakesThePlaceOfTheFirst(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "host.key")
+	for name, attempt := range map[string]func(string) (Keys, error){"next": EnsureNext, "switch": Switch, "read": Read} {
+		if _, err := attempt(path); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s without a key: %v", name, err)
+		}
+	}
+	first, err := Ensure(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Switch(path); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("switched to nothing: %v", err)
+	}
+	if keys, err := Read(path); err != nil || keys != (Keys{Current: first}) {
+		t.Errorf("alone: %+v, %v", keys, err)
+	}
+	both, err := EnsureNext(path)
+	if err != nil || both.Current != first || both.Next == "" || both.Next == first {
+		t.Fatalf("both: %+v, %v", both, err)
+	}
+	if again, err := EnsureNext(path); err != nil || again != both {
+		t.Errorf("a second call made another key: %+v, %v", again, err)
+	}
+	if keys, err := Read(path); err != nil || keys != both {
+		t.Errorf("read: %+v, %v", keys, err)
+	}
+	switched, err := Switch(path)
+	if err != nil || switched != (Keys{Current: both.Next}) {
+		t.Errorf("switched: %+v, %v", switched, err)
+	}
+	if current, err := Ensure(path); err != nil || current != both.Next {
+		t.Errorf("the key in use: %q, %v", current, err)
+	}
+	if entries, err := os.ReadDir(filepath.Dir(path)); err != nil || len(entries) != 1 {
+		t.Errorf("left in the folder: %v, %v", entries, err)
+	}
+}
+
 func TestAKeyThatIsNoneIsNeverReplaced(t *testing.T) {
 	for name, test := range map[string]struct {
 		content string

@@ -165,6 +165,50 @@ NeedDaemonReload=no
 ActiveEnterTimestamp=
 `
 
+func TestAUnitIsOutdatedWhenAFileIsNewerThanItsLastReload(t *testing.T) {
+	const text = `Id=nomad.service
+LoadState=loaded
+ActiveState=active
+UnitFileState=enabled
+NeedDaemonReload=no
+ActiveEnterTimestamp=Sat 2026-11-21 08:00:00.000000 UTC
+ExecMainStartTimestamp=Sat 2026-11-21 08:00:00.000000 UTC
+StateChangeTimestamp=%s
+`
+	started := time.Date(2026, 11, 21, 8, 0, 0, 0, time.UTC)
+	const atStart, later = "Sat 2026-11-21 08:00:00.100000 UTC", "Sat 2026-11-21 09:00:00.000000 UTC"
+	for name, test := range map[string]struct {
+		changed  string
+		modified time.Time
+		outdated string
+	}{
+		"a file from before the start":                 {atStart, started.Add(-time.Hour), ""},
+		"a file that changed, and no reload since":     {atStart, started.Add(time.Minute), "/a"},
+		"a file that changed before the reload":        {later, started.Add(time.Minute), ""},
+		"a file that changed after the reload":         {later, started.Add(2 * time.Hour), "/a"},
+		"a file from before the start, with no reload": {"", started.Add(-time.Hour), ""},
+		"a file that changed, where nothing was noted": {"", started.Add(time.Minute), "/a"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			observer := fakeHost(t, "", fmt.Sprintf(text, test.changed))
+			if err := os.WriteFile(observer.path("/a"), nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Chtimes(observer.path("/a"), test.modified, test.modified); err != nil {
+				t.Fatal(err)
+			}
+			got, err := observer.Observe(t.Context(), host.Document{Version: 1, Units: []host.Unit{{Name: "nomad.service", ReloadOn: []string{"/a"}}}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := host.ObservedUnit{Loaded: true, Active: "active", Enabled: "enabled", Outdated: test.outdated}
+			if got.Units["nomad.service"] != want {
+				t.Errorf("got %+v", got.Units["nomad.service"])
+			}
+		})
+	}
+}
+
 func TestAUnitIsStaleWhenAFileIsNewerThanItsProcess(t *testing.T) {
 	started := time.Date(2026, 11, 21, 8, 22, 11, 123456000, time.UTC)
 	for name, test := range map[string]struct {

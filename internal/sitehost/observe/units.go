@@ -14,7 +14,8 @@ import (
 
 type unitState struct {
 	host.ObservedUnit
-	started time.Time
+	// started is when its process did, read when it was last started or reloaded.
+	started, read time.Time
 }
 
 // units asks systemd about all units at once.
@@ -23,7 +24,7 @@ func units(ctx context.Context, run Runner, wanted []host.Unit) (map[string]unit
 		return nil, nil
 	}
 	arguments := []string{
-		"show", "--timestamp=us+utc", "--property=Id,LoadState,ActiveState,UnitFileState,NeedDaemonReload,ActiveEnterTimestamp,ExecMainStartTimestamp", "--",
+		"show", "--timestamp=us+utc", "--property=Id,LoadState,ActiveState,UnitFileState,NeedDaemonReload,ActiveEnterTimestamp,ExecMainStartTimestamp,StateChangeTimestamp", "--",
 	}
 	names := make([]string, 0, len(wanted))
 	for _, unit := range wanted {
@@ -60,11 +61,16 @@ func parseUnits(output string, names []string) (map[string]unitState, error) {
 		if started == "" {
 			started = properties["ActiveEnterTimestamp"]
 		}
-		if started != "" {
-			var err error
-			if state.started, err = time.Parse("Mon 2006-01-02 15:04:05.999999 MST", started); err != nil {
-				return nil, fmt.Errorf("ask for unit %s: %w", names[index], err)
-			}
+		var err error
+		if state.started, err = timestamp(started); err != nil {
+			return nil, fmt.Errorf("ask for unit %s: %w", names[index], err)
+		}
+		// A reload is a change of state, and of a unit that runs the last one.
+		if state.read, err = timestamp(properties["StateChangeTimestamp"]); err != nil {
+			return nil, fmt.Errorf("ask for unit %s: %w", names[index], err)
+		}
+		if state.read.Before(state.started) {
+			state.read = state.started
 		}
 		states[names[index]] = state
 	}
@@ -77,22 +83,42 @@ func (o Observer) units(document host.Document, states map[string]unitState, obs
 	for _, unit := range document.Units {
 		state := states[unit.Name]
 		running := state.Active == "active" || state.Active == "reloading" || state.Active == "activating"
-		for _, path := range unit.RestartOn {
-			if !running || state.started.IsZero() || state.Stale != "" {
-				break
+		if running {
+			var err error
+			if state.Stale, err = o.newerThan(state.started, unit.RestartOn); err != nil {
+				return err
 			}
-			info, err := os.Stat(o.path(path))
-			if errors.Is(err, fs.ErrNotExist) {
-				continue // the file's own difference; once it is there it is newer
-			}
-			if err != nil {
-				return fmt.Errorf("look at %s: %w", path, err)
-			}
-			if info.ModTime().After(state.started) {
-				state.Stale = path
+			if state.Outdated, err = o.newerThan(state.read, unit.ReloadOn); err != nil {
+				return err
 			}
 		}
 		observation.Units[unit.Name] = state.ObservedUnit
 	}
 	return nil
+}
+
+// newerThan is the first of the paths that was modified after a time that is
+// known, or empty.
+func (o Observer) newerThan(since time.Time, paths []string) (string, error) {
+	for _, path := range paths {
+		info, err := os.Stat(o.path(path))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // the file's own difference; once it is there it is newer
+		}
+		if err != nil {
+			return "", fmt.Errorf("look at %s: %w", path, err)
+		}
+		if !since.IsZero() && info.ModTime().After(since) {
+			return path, nil
+		}
+	}
+	return "", nil
+}
+
+// timestamp reads one of systemd's; one that it does not have is zero.
+func timestamp(text string) (time.Time, error) {
+	if text == "" {
+		return time.Time{}, nil
+	}
+	return time.Parse("Mon 2006-01-02 15:04:05.999999 MST", text)
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/tls"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -193,6 +194,59 @@ func TestACertificateThatIsReplacedOnDiskIsUsed(t *testing.T) {
 	// Whoever was let in stays.
 	if answer, err := ask(stays, []byte("lo")); err != nil || string(answer) != "lo" {
 		t.Errorf("got %q, %v", answer, err)
+	}
+}
+
+func TestACARotatesWithoutAMomentInWhichTheEndsDoNotKnowEachOther(t *testing.T) {
+	old, next := newAuthority(t, "site"), newAuthority(t, "site") // of one name, as those of a site may be
+	serverFiles, clientFiles := old.host("alpha", hour()), old.host("beta", hour())
+	server, _, _ := serves(t, serverFiles, service(t, "echo", listens(t, func(connection *net.TCPConn) { _, _ = io.Copy(connection, connection) })))
+	address, _ := connects(t, clientFiles, server.Address(), "alpha", "echo")
+	stays := open(t, address)
+	if _, err := stays.Write([]byte("hel")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(stays, make([]byte, 3)); err != nil {
+		t.Fatal(err)
+	}
+	for _, step := range []struct {
+		name string
+		do   func()
+	}{
+		{"the server trusts both", func() { trust(t, serverFiles, next, old) }},
+		{"the client trusts both", func() { trust(t, clientFiles, next, old) }},
+		{"the client has a certificate by the new CA", func() {
+			next.write(clientFiles, "beta", hour())
+			trust(t, clientFiles, next, old)
+		}},
+		{"the server has one too", func() {
+			next.write(serverFiles, "alpha", hour())
+			trust(t, serverFiles, next, old)
+		}},
+		{"the server trusts the new CA alone", func() { trust(t, serverFiles, next) }},
+		{"the client does, too", func() { trust(t, clientFiles, next) }},
+	} {
+		step.do()
+		if answer, err := ask(open(t, address), []byte("hello")); err != nil || string(answer) != "hello" {
+			t.Errorf("%s: got %q, %v", step.name, answer, err)
+		}
+	}
+	old.write(clientFiles, "beta", hour())
+	refused(t, address)
+	if answer, err := ask(stays, []byte("lo")); err != nil || string(answer) != "lo" {
+		t.Errorf("a stream from before got %q, %v", answer, err)
+	}
+}
+
+// trust writes the certificates of the authorities, and leaves the host's own.
+func trust(t *testing.T, files relay.Files, authorities ...*authority) {
+	t.Helper()
+	var bundle []byte
+	for _, each := range authorities {
+		bundle = append(bundle, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: each.certificate.Raw})...)
+	}
+	if err := os.WriteFile(files.CA, bundle, 0o600); err != nil {
+		t.Fatal(err)
 	}
 }
 

@@ -44,8 +44,11 @@ type Record struct {
 // Component is what a release put there for one component.
 type Component struct {
 	SpecDigest string `json:"spec_digest"`
-	// Jobspec is the full job as JSON text, so that a rollback needs no git.
-	Jobspec   string            `json:"jobspec,omitempty"`
+	// Jobspec is the full job as JSON text, so that a rollback needs no git. Its
+	// templates name no generation of a secret: those are of the day.
+	Jobspec string `json:"jobspec,omitempty"`
+	// Secrets are the generations that the job's templates read, by full name.
+	Secrets   map[string]int    `json:"secrets,omitempty"`
 	Artifacts map[string]string `json:"artifacts"`
 	GitSHA    string            `json:"git_sha"`
 }

@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
@@ -81,9 +82,15 @@ func (h *handler) answer(writer http.ResponseWriter, request *http.Request) stri
 		h.metrics.handler.ServeHTTP(writer, request)
 		return "metrics"
 	}
-	if path == "/operators.jwks" && h.operators != "" {
-		h.keys(writer)
-		return "operators"
+	if h.operators != "" {
+		switch path {
+		case "/operators.jwks":
+			h.keys(writer, h.operators)
+			return "operators"
+		case rotatorsPath:
+			h.keys(writer, filepath.Join(filepath.Dir(h.operators), rotatorsPath))
+			return "operators"
+		}
 	}
 	if match := plainPath.FindStringSubmatch(path); match != nil {
 		h.file(writer, request, match[1], match[2], match[3])
@@ -137,9 +144,13 @@ func (h *handler) health(writer http.ResponseWriter) {
 // maxKeys bounds the JWKS file.
 const maxKeys = 1 << 20
 
-// keys serves the operators' public keys (RFC 7517, section 8.5.2 for the type).
-func (h *handler) keys(writer http.ResponseWriter) {
-	file, err := os.OpenFile(h.operators, os.O_RDONLY|syscall.O_NOFOLLOW, 0)
+// rotatorsPath is where the keys of operators are who only rotate secrets, and
+// the name of their file, beside that of the others.
+const rotatorsPath = "/rotators.jwks"
+
+// keys serves operators' public keys (RFC 7517, section 8.5.2 for the type).
+func (h *handler) keys(writer http.ResponseWriter, path string) {
+	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW, 0)
 	if err != nil {
 		h.log.Error("the operators' keys cannot be read", "error", err)
 		http.Error(writer, "there are no operators' keys", http.StatusNotFound)

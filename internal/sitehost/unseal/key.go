@@ -8,7 +8,11 @@ import (
 	"syscall"
 )
 
-const maxKey = 4 << 10
+const (
+	maxKey = 4 << 10
+	// maxKeys are the one in force, and one that is to follow it.
+	maxKeys = 2
+)
 
 // KeyFileError says why a key file is not used.
 type KeyFileError struct{ Path, Problem string }
@@ -40,27 +44,37 @@ func fit(path string, info os.FileInfo) error {
 	return nil
 }
 
-func readKey(path string) (string, error) {
+// readKeys reads the file's keys, one a line. While the key rotates there are two,
+// and either may be the one that is in force.
+func readKeys(path string) ([]string, error) {
 	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
 	if err != nil {
-		return "", fmt.Errorf("unseal key: %w", err)
+		return nil, fmt.Errorf("unseal key: %w", err)
 	}
 	defer func() { _ = file.Close() }()
 	info, err := file.Stat()
 	if err != nil {
-		return "", fmt.Errorf("unseal key: %w", err)
+		return nil, fmt.Errorf("unseal key: %w", err)
 	}
 	if err := fit(path, info); err != nil {
-		return "", err
+		return nil, err
 	}
 	content, err := io.ReadAll(io.LimitReader(file, maxKey))
 	if err != nil {
-		return "", fmt.Errorf("unseal key: %w", err)
+		return nil, fmt.Errorf("unseal key: %w", err)
 	}
 	defer clear(content)
-	key := strings.TrimSpace(string(content))
-	if key == "" {
-		return "", &KeyFileError{path, "it is empty"}
+	var keys []string
+	for line := range strings.Lines(string(content)) {
+		if key := strings.TrimSpace(line); key != "" {
+			keys = append(keys, key)
+		}
 	}
-	return key, nil
+	switch {
+	case len(keys) == 0:
+		return nil, &KeyFileError{path, "it is empty"}
+	case len(keys) > maxKeys:
+		return nil, &KeyFileError{path, fmt.Sprintf("it has %d lines, want one key a line and at most %d", len(keys), maxKeys)}
+	}
+	return keys, nil
 }

@@ -49,7 +49,8 @@ const (
 type Options struct {
 	// Address is the server's URL, on loopback: the key goes nowhere else.
 	Address string
-	// KeyFile holds the unseal key and belongs to the user who runs this, alone.
+	// KeyFile holds the unseal key, or two of which one fits, a line each; it belongs
+	// to the user who runs this, alone.
 	KeyFile string
 	Log     *slog.Logger
 }
@@ -159,26 +160,41 @@ func (u *Unsealer) look(ctx context.Context) (State, error) {
 	case status.Type != "" && status.Type != "shamir":
 		return Sealed, fmt.Errorf("its seal is %q, which takes no key of ours", status.Type)
 	}
-	key, err := readKey(u.options.KeyFile)
+	keys, err := readKeys(u.options.KeyFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return NoKey, nil
 	}
 	if err != nil {
 		return BadKeyFile, err
 	}
-	status, err = u.unseal(ctx, key)
-	switch {
-	case errors.As(err, new(*refusedError)):
-		return Sealed, err
-	case err != nil:
-		return Unreachable, err
-	case status.Sealed:
-		return Sealed, errors.New("the key was taken, but more than one is needed")
+	state, err := u.tryKeys(ctx, keys)
+	if state != Unsealed {
+		return state, err
 	}
 	u.mutex.Lock()
 	u.unseals++
 	u.mutex.Unlock()
 	return Unsealed, nil
+}
+
+// tryKeys gives the server one key after the other until it is open. That one of
+// them is refused is no news while another one opens it.
+func (u *Unsealer) tryKeys(ctx context.Context, keys []string) (State, error) {
+	var refusals []error
+	for _, key := range keys {
+		status, err := u.unseal(ctx, key)
+		switch {
+		case errors.As(err, new(*refusedError)):
+			refusals = append(refusals, err)
+		case err != nil:
+			return Unreachable, err
+		case status.Sealed:
+			refusals = append(refusals, errors.New("the key was taken, but more than one is needed"))
+		default:
+			return Unsealed, nil
+		}
+	}
+	return Sealed, errors.Join(refusals...)
 }
 
 type sealStatus struct {

@@ -238,6 +238,52 @@ func TestAKeyThatDoesNotFitIsSaidOnceAndTheRightOneHelps(t *testing.T) {
 	awaitState(t, unsealer, Unsealed)
 }
 
+func TestOfTwoKeysTheOneThatFitsUnseals(t *testing.T) {
+	const other = "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
+	for name, lines := range map[string]string{"the first fits": "RIGHT\n" + other + "\n", "the second fits": other + "\nRIGHT"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			server := newSecretsServer(t, "file")
+			right := server.initialize()
+			keyFile := filepath.Join(t.TempDir(), "unseal.key")
+			server.write(keyFile, 0o600, strings.Replace(lines, "RIGHT", right, 1))
+			unsealer, log := watch(t, server.url, keyFile)
+			awaitState(t, unsealer, Unsealed)
+			if said := log.String(); strings.Contains(said, right) || strings.Contains(said, "ERROR") {
+				t.Errorf("the log: %s", said)
+			}
+		})
+	}
+}
+
+func TestTwoKeysOfWhichNoneFitsAreRefusedAndNotShown(t *testing.T) {
+	server := newSecretsServer(t, "file")
+	server.initialize()
+	const first, second = "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY=", "planted second"
+	keyFile := filepath.Join(t.TempDir(), "unseal.key")
+	server.write(keyFile, 0o600, first+"\n"+second+"\n")
+	unsealer, log := watch(t, server.url, keyFile)
+	awaitState(t, unsealer, Sealed)
+	if said := log.String(); strings.Contains(said, first) || strings.Contains(said, second) || strings.Count(said, "\n") != 1 {
+		t.Errorf("the log: %s", said)
+	}
+}
+
+func TestAKeyFileHasOneKeyOrTwo(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "unseal.key")
+	for content, want := range map[string]string{
+		"one": "one", "one\n": "one", "\n one \n\ntwo\r\n": "one two", "": "", "\n \n": "", "one\ntwo\nthree\n": "",
+	} {
+		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		keys, err := readKeys(path)
+		if got := strings.Join(keys, " "); got != want || (err == nil) != (want != "") {
+			t.Errorf("%q: got %q, %v", content, got, err)
+		}
+	}
+}
+
 func TestAKeyFileThatOthersCouldHaveReadIsNotUsed(t *testing.T) {
 	asked := make(chan string, 100)
 	server := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, request *http.Request) { asked <- request.URL.Path }))
