@@ -192,35 +192,34 @@ func (r *rotation) try(ctx context.Context, progress plan.Progress) error {
 	var mutex sync.Mutex
 	var problems []error
 	var group errgroup.Group
-	for _, one := range r.consumers {
-		if one.trial != nil {
-			group.Go(func() error {
-				err := r.nomad.AwaitTrial(ctx, one.trial, one.next.Prepared, r.waitOptions(ctx, one), progress)
-				mutex.Lock()
-				defer mutex.Unlock()
-				problems = append(problems, err)
-				return nil
-			})
-			continue
-		}
-		if !one.moves {
-			continue
-		}
-		can, _, err := r.nomad.CanCanary(ctx, one.next.Prepared)
-		if err != nil {
-			return err
-		}
-		if !can { // Try says why
-			whole = append(whole, one)
-			continue
-		}
+	beside := func(do func() error) {
 		group.Go(func() error {
-			err := r.tryOne(ctx, one, progress)
+			err := do()
 			mutex.Lock()
 			defer mutex.Unlock()
 			problems = append(problems, err)
 			return nil
 		})
+	}
+	for _, one := range r.consumers {
+		switch {
+		case one.trial != nil:
+			beside(func() error {
+				return r.nomad.AwaitTrial(ctx, one.trial, one.next.Prepared, r.waitOptions(ctx, one), progress)
+			})
+			continue
+		case !one.moves:
+			continue
+		}
+		can, _, err := r.nomad.CanCanary(ctx, one.next.Prepared)
+		switch {
+		case err != nil:
+			beside(func() error { return err })
+		case can:
+			beside(func() error { return r.tryOne(ctx, one, progress) })
+		default: // Try says why
+			whole = append(whole, one)
+		}
 	}
 	_ = group.Wait()
 	for _, one := range r.consumers {

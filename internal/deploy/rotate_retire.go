@@ -11,6 +11,7 @@ import (
 
 	"github.com/nomad-site/site/internal/plan"
 	"github.com/nomad-site/site/internal/retry"
+	"github.com/nomad-site/site/internal/site"
 )
 
 // KindRetired is the plan.Change kind of an old generation that goes.
@@ -123,20 +124,25 @@ func (r *rotation) stillNeeded(ctx context.Context, one *rotating) (string, erro
 	if left := time.Until(one.state.RetireAfter); left > 0 {
 		return fmt.Sprintf("it drains for another %s", left.Round(time.Second)), nil
 	}
-	forgiven := func(host string) bool { return slices.Contains(r.choice.WithoutHosts, host) }
 	away, err := r.nomad.NodesNotReady(ctx)
 	if err != nil {
 		return "", err
+	}
+	without := slices.Clone(r.choice.WithoutHosts)
+	for _, node := range away { // Nomad remembers hosts for a day that are no longer declared
+		if !slices.ContainsFunc(r.site.Hosts, func(h site.Host) bool { return h.Name == node }) {
+			without = append(without, node)
+		}
 	}
 	for _, h := range r.site.Hosts {
 		if !slices.ContainsFunc(r.hosts, func(known *remoteHost) bool { return known.Name == h.Name }) && !slices.Contains(away, h.Name) {
 			away = append(away, h.Name)
 		}
 	}
-	if away = slices.DeleteFunc(away, forgiven); len(away) > 0 {
+	if away = slices.DeleteFunc(away, func(host string) bool { return slices.Contains(without, host) }); len(away) > 0 {
 		return fmt.Sprintf("host %s is away (or give --retire-without-host)", strings.Join(away, ", ")), nil
 	}
-	return r.stillRead(ctx, one, forgiven)
+	return r.stillRead(ctx, one, without)
 }
 
 // endingLimit is how long allocations that were replaced are waited for: more than
@@ -144,15 +150,15 @@ func (r *rotation) stillNeeded(ctx context.Context, one *rotating) (string, erro
 const endingLimit = 150 * time.Second
 
 // stillRead says who reads an old generation, once those are gone that are just ending.
-func (r *rotation) stillRead(ctx context.Context, one *rotating, forgiven func(host string) bool) (why string, err error) {
+func (r *rotation) stillRead(ctx context.Context, one *rotating, without []string) (why string, err error) {
 	limit := max(min(endingLimit, r.left()-drainMargin), time.Second)
 	err = retry.Until(ctx, "old allocations to end", limit, func(ctx context.Context) error {
-		inUse, err := r.nomad.GenerationsInUse(ctx, r.jobsOf(one), r.choice.WithoutHosts...)
+		inUse, err := r.nomad.GenerationsInUse(ctx, r.jobsOf(one), without...)
 		if err != nil {
 			return retry.Permanent(err)
 		}
-		if unready := slices.DeleteFunc(slices.Clone(inUse.Unready), forgiven); len(unready) > 0 {
-			why = "allocations on " + strings.Join(unready, ", ") + " have not reported"
+		if len(inUse.Unready) > 0 {
+			why = "allocations on " + strings.Join(inUse.Unready, ", ") + " have not reported"
 			return nil
 		}
 		why = ""

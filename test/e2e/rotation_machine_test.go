@@ -110,7 +110,8 @@ func (s *testSite) withKeyAlone(user string, key sshKey) {
 }
 
 // newMachine is an operator who only rotates, known to all since a bootstrap. Its
-// account on the host may become root for site-host, and for nothing else.
+// account on the host may become root for what a rotation asks of site-host, and for
+// nothing else.
 func (s *testSite) newMachine() sshKey {
 	s.t.Helper()
 	machine := s.newKey("cron", "-t", "ed25519")
@@ -119,7 +120,7 @@ func (s *testSite) newMachine() sshKey {
 		cat >/home/cron/.ssh/authorized_keys <<'END'
 ` + machine.public + `END
 		chown cron:cron /home/cron/.ssh/authorized_keys
-		echo 'cron ALL=(root) NOPASSWD: /opt/site/bin/site-host' >/etc/sudoers.d/cron
+		echo 'cron ALL=(root) NOPASSWD: /opt/site/bin/site-host version, /opt/site/bin/site-host lock *, /opt/site/bin/site-host journal *, /opt/site/bin/site-host release *, /opt/site/bin/site-host dial unix /run/postgresql/.s.PGSQL.5432' >/etc/sudoers.d/cron
 		chmod 440 /etc/sudoers.d/cron`)
 	s.must("operators", "add", machine.name, "--public-key-file="+machine.file+".pub", "--rights=rotate")
 	s.commit("a machine that rotates", nil)
