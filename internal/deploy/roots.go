@@ -40,12 +40,9 @@ func (s *session) rotateRoot(ctx context.Context, name string, progress plan.Pro
 		return plan.WithHint(fmt.Errorf("there is no root %q", name), "there are: %s", strings.Join(Roots(), ", "))
 	}
 	if err := s.readyForRoot(ctx, progress); err != nil {
-		return fmt.Errorf("rotate %s: %w", name, err)
+		return err
 	}
-	if err := rotate(ctx, progress); err != nil {
-		return fmt.Errorf("rotate %s: %w", name, err)
-	}
-	return nil
+	return rotate(ctx, progress)
 }
 
 // readyForRoot refuses a site that is not all there, and brings init.age and

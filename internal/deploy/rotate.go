@@ -151,6 +151,9 @@ func (r *rotation) checkChoice() plan.Step {
 		if err := errors.Join(problems...); err != nil {
 			return err
 		}
+		if slices.Contains(r.roots, rootRootToken) && r.options.NewRootTokenFile == "" {
+			return plan.WithHint(errors.New("the next site root token has no file"), "give it with --new-root-token-file=FILE: it is made where there is none")
+		}
 		if len(r.roots) > 0 && r.options.RootTokenFile == "" {
 			return plan.WithHint(fmt.Errorf("%s lies in init.age, which only the site root token opens", strings.Join(r.roots, ", ")),
 				"give it with --root-token-file=FILE")

@@ -93,7 +93,7 @@ func (c *Client) CanCanary(ctx context.Context, prepared *Prepared) (bool, strin
 	if err != nil {
 		return false, "", describe(err, "plan a canary of job %s", prepared.Desired.JobID)
 	}
-	why := whyNotPlaced(answer)
+	why := whyNotPlaced(tried, answer)
 	return why == "", why, nil
 }
 
@@ -137,8 +137,11 @@ func writesTo(group *api.TaskGroup) string {
 }
 
 // whyNotPlaced is what the server's plan says against a canary.
-func whyNotPlaced(answer *api.JobPlanResponse) string {
+func whyNotPlaced(tried *api.Job, answer *api.JobPlanResponse) string {
 	if groups := slices.Sorted(maps.Keys(answer.FailedTGAllocs)); len(groups) > 0 {
+		if slices.ContainsFunc(tried.TaskGroups, func(group *api.TaskGroup) bool { return text(group.Name) == groups[0] && hasStaticPort(group) }) {
+			return fmt.Sprintf("group %s has a static port, and no other host is free to give it", groups[0])
+		}
 		return fmt.Sprintf("group %s has no place for a canary: %s", groups[0], strings.Join(metricReasons(answer.FailedTGAllocs[groups[0]]), ", "))
 	}
 	if answer.Annotations != nil {

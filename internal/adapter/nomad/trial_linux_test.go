@@ -212,7 +212,7 @@ func TestAJobWithAStaticPortIsTriedAsAWhole(t *testing.T) {
 	if err := deploy(t, c, old, quick); err != nil {
 		t.Fatal(err)
 	}
-	if can, why, err := c.CanCanary(ctx, wanted); can || !strings.Contains(why, "distinct_hosts") || err != nil {
+	if can, why, err := c.CanCanary(ctx, wanted); can || !strings.Contains(why, "static port") || err != nil {
 		t.Errorf("canary %t, %q, %v, want none on the only host", can, why, err)
 	}
 	for _, promoted := range []bool{false, true} {
