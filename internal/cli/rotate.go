@@ -21,10 +21,10 @@ func newSecretsRotate(env Environment, flags *globalFlags) *cobra.Command {
 	var fromCommand bool
 	command := &cobra.Command{
 		Use: "rotate [NAME…]", Short: "Give secrets their next generation while everything runs",
-		Long: `Makes the next generation of each secret, tries it with one allocation of each
-job that reads it, verifies it, lets the rest follow one job after the other, and
-retires the old one when it has drained and every host has the new. Until the new
-is verified, every job runs on the old. Whatever cuts a rotation short, the next
+		Long: `Makes the next generation of each secret, verifies it, tries it with one
+allocation of each job that reads it, lets the rest follow one job after the
+other, and retires the old one when it has drained and every host has the new.
+Until the new one has proven itself, every job runs on the old. Whatever cuts a rotation short, the next
 one finishes it.
 
 Passwords of Postgres roles rotate where the role has alternating = true. An

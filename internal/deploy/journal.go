@@ -3,6 +3,7 @@ package deploy
 import (
 	"context"
 	"encoding/json"
+	"maps"
 	"slices"
 	"time"
 
@@ -22,9 +23,15 @@ func (r *rotation) note(what string, one *rotating, generation int, detail strin
 // look reads the state of the secrets anew, and writes down what has happened
 // since the last look.
 func (r *rotation) look(ctx context.Context) error {
-	if _, err := r.observeSecrets(ctx, r.site.Secrets()); err != nil {
+	moving := make([]site.Secret, len(r.secrets))
+	for i, one := range r.secrets {
+		moving[i] = one.Secret
+	}
+	entries, err := r.bao.ObserveDeclared(ctx, moving)
+	if err != nil {
 		return err
 	}
+	maps.Copy(r.entries, entries)
 	for _, one := range r.secrets {
 		one.entry = r.entries[one.FullName()]
 		one.state = one.entry.Rotation()

@@ -73,7 +73,7 @@ func (r *rotating) candidateWritten() bool {
 }
 
 // Rotate gives secrets their next generation without anyone noticing: write,
-// try it with one allocation of each consumer, verify, roll the rest, drain,
+// verify, try it with one allocation of each consumer, roll the rest, drain,
 // retire. What was cut short is finished by the next run.
 func Rotate(ctx context.Context, options Options, choice RotateOptions) (plan.Result, error) {
 	if choice.Due && choice.Drain < 0 {
@@ -91,9 +91,9 @@ func Rotate(ctx context.Context, options Options, choice RotateOptions) (plan.Re
 			r.openPlatform(),
 			r.mint(),
 			r.databaseLogins("database logins", "the next generation may log in"),
+			r.verifyCandidates(),
 			r.announce(),
 			r.tryCanaries(),
-			r.verifyCandidates(),
 			r.commit(),
 			r.roll(),
 			r.recordRotation(),
@@ -414,7 +414,7 @@ func (r *rotation) databaseLogins(title, reason string) plan.Step {
 }
 
 // verifyCandidates proves the new values, each by its declared check or by a
-// login, before anything counts on them.
+// login, before any job is moved to them. Canaries prove the rest.
 func (r *rotation) verifyCandidates() plan.Step {
 	return check{title: "verify", run: func(ctx context.Context) error {
 		for _, one := range r.secrets {
@@ -426,6 +426,10 @@ func (r *rotation) verifyCandidates() plan.Step {
 				return err
 			}
 			if err := r.prove(ctx, one.Secret, fields); err != nil {
+				// An earlier run may have brought jobs to it.
+				if lost := r.findConsumers(ctx); lost != nil {
+					return errors.Join(err, lost)
+				}
 				return r.giveUp(ctx, plan.WithHint(fmt.Errorf("secret %s: generation %d does not work: %w", one.FullName(), one.state.Candidate, err),
 					"nothing was moved to it; bring another value"), one.FullName())
 			}

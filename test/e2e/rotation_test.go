@@ -539,12 +539,15 @@ func (s *testSite) refusedByCheck() {
 
 	s.t.Run("of a job that cannot run twice, by the run after one that was killed", func(t *testing.T) {
 		s := s.in(t)
-		file := filepath.Join(s.folder(map[string]string{"value": "test-2"}), "value")
+		const planted = "live-but-withdrawn"
+		file := filepath.Join(s.folder(map[string]string{"value": planted}), "value")
 		args := []string{"secrets", "rotate", "billing.token", "--from-file=" + file, "--drain=0s"}
 		s.wantFault(s.runWithFault(faultKill, "canaries", args...), faultKill, "canaries")
 		s.lockIsFree(10 * time.Second)
-		s.wantAccepted("billing", "what is tried", "test-2", true)
-		s.wantAccepted("clock", "what is tried", "test-2", true)
+		s.wantAccepted("billing", "what is tried", planted, true)
+		s.wantAccepted("clock", "what is tried", planted, true)
+		catalogue := filepath.Join("jobs", "billing", "component.hcl")
+		s.commit("a stricter check", map[string]string{catalogue: s.replace(catalogue, `"^live-"`, `"^live-[0-9]"`)})
 		s.stays([]string{"hello", "mailer", "checker", "clock"}, func() {
 			s.fails("billing.token", "its check failed", func() result { return s.run("secrets", "rotate", "--due") })
 		})
