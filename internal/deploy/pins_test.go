@@ -7,7 +7,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/nomad-site/site/internal/adapter/nomad"
 	catalogue "github.com/nomad-site/site/internal/reconcile/secret"
 	"github.com/nomad-site/site/internal/site"
 )
@@ -46,7 +45,7 @@ func TestJobsReadTheActiveGenerationUnlessTheyTryTheCandidate(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := &session{site: rotatingSite(), recorded: test.recorded}
-			var got nomad.Pins = s.pins(test.entries, test.candidates)
+			got := s.pins(test.entries, test.candidates)
 			if !maps.Equal(got.Active, test.active) || !maps.Equal(got.Previous, test.previous) {
 				t.Errorf("pins %v, not %v and %v", got, test.active, test.previous)
 			}
