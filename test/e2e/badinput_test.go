@@ -247,7 +247,7 @@ func TestBadInputIsSaidBeforeAnyHostIsTouched(t *testing.T) {
 				s.commit("sealed elsewhere", map[string]string{"sites/" + name + "/init.age": sealedElsewhere(s.t)})
 				return []string{"bootstrap-deploy", "--root-token-file=" + s.tokenFile}
 			},
-			[]string{"init.age was not sealed to this site root token"}, []string{"token file that bootstrapped"},
+			[]string{"init.age was not sealed to this site root token"}, []string{"give the token file of site"},
 		},
 		"the site is unknown": {
 			bootstrap("--site=e3e"), []string{`no site "e3e"`, "has: " + name, `did you mean "` + name + `"?`}, []string{"committed"},

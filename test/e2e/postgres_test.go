@@ -44,7 +44,7 @@ func (s *testSite) startLedger() *ledger {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	config, err := pgconn.ParseConfig("host=127.0.0.1 user=hello database=hello sslmode=disable connect_timeout=5")
+	config, err := pgconn.ParseConfig("host=127.0.0.1 user=hello_a database=hello sslmode=disable connect_timeout=5")
 	if err != nil {
 		s.t.Fatal(err)
 	}
