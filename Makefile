@@ -46,6 +46,7 @@ lab: setup tools ## boot the lab and bring it to a healthy job
 	@echo "  $(SITE) tunnel --site=lab hello        open it at a local address"
 	@echo "  $(SITE) lab shell                      a root shell on the host"
 	@echo "  $(SITE) deploy --site=lab              after a commit"
+	@echo "  $(SITE) secrets rotate --all --site=lab  a new password, while it runs"
 	@echo "  make lab-down                          remove it"
 
 lab-down: ## remove the lab
