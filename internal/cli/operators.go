@@ -134,7 +134,7 @@ func newOperatorsAdd(env Environment, flags *globalFlags) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			changed, err := site.AddOperatorWithRights(tree.content, args[0], string(content), rights)
+			changed, err := site.AddOperator(tree.content, args[0], string(content), rights)
 			if err != nil {
 				return err
 			}

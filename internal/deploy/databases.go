@@ -29,11 +29,27 @@ func (s *session) hasPostgres() bool { return s.site.Component(site.PostgresComp
 
 // convergeDatabases keeps roles, databases and grants in step with the site.
 func (s *session) convergeDatabases() plan.Step {
-	return where{&plan.Reconciler[role.Desired, role.Actual]{
-		Title:  "databases",
-		Desire: s.desiredRoles,
+	return where{s.databaseStep("databases", s.desiredRoles), s.hasPostgres}
+}
+
+// closeOldLogins takes the login of roles away that alternate since this run,
+// once no job uses it any more.
+func (s *session) closeOldLogins() plan.Step {
+	return where{
+		s.databaseStep("old logins", func(ctx context.Context) (role.Desired, error) {
+			s.renamed = nil
+			return s.desiredRoles(ctx)
+		}),
+		func() bool { return len(s.renamed) > 0 && s.hasPostgres() },
+	}
+}
+
+func (s *session) databaseStep(title string, desire func(context.Context) (role.Desired, error)) plan.Step {
+	return &plan.Reconciler[role.Desired, role.Actual]{
+		Title:  title,
+		Desire: desire,
 		Observe: func(ctx context.Context, desired role.Desired) (role.Actual, error) {
-			if err := s.dialPostgres(ctx, observing{s.options.Reporter, "databases"}); err != nil {
+			if err := s.dialPostgres(ctx, observing{s.options.Reporter, title}); err != nil {
 				return role.Actual{}, err
 			}
 			return s.databases.Observe(ctx, desired)
@@ -54,23 +70,7 @@ func (s *session) convergeDatabases() plan.Step {
 		Converge: func(ctx context.Context, desired role.Desired, actual role.Actual, changes []plan.Change, progress plan.Progress) error {
 			return s.databases.Apply(ctx, desired, actual, changes, progress)
 		},
-	}, s.hasPostgres}
-}
-
-// closeOldLogins takes the login of roles away that alternate since this run,
-// once no job uses it any more.
-func (s *session) closeOldLogins() plan.Step {
-	step := s.convergeDatabases()
-	var found []plan.Change
-	return where{act{
-		title: "old logins",
-		plan: func(ctx context.Context) (changes []plan.Change, err error) {
-			s.renamed = nil
-			found, err = step.Plan(ctx)
-			return found, err
-		},
-		apply: func(ctx context.Context, progress plan.Progress) error { return step.Apply(ctx, found, progress) },
-	}, func() bool { return len(s.renamed) > 0 && s.hasPostgres() }}
+	}
 }
 
 // desiredRoles reads the passwords that roles must have. A role whose password

@@ -154,7 +154,7 @@ type History struct {
 // ReadHistory reads the journal; names choose, none is all.
 func ReadHistory(ctx context.Context, options Options, names []string) (History, error) {
 	s, err := readAfter(ctx, options, func(s *session) error {
-		return s.site.CheckSecretNames(slices.DeleteFunc(slices.Clone(names), func(name string) bool { return slices.Contains(Roots(), name) }))
+		return s.site.CheckSecretNames(withoutRoots(names))
 	})
 	if err != nil {
 		return History{}, err

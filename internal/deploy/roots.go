@@ -89,9 +89,6 @@ func (s *session) reached(ctx context.Context, root, point string, progress plan
 // rotateRootToken seals init.age to another root token: first to both, so that
 // whichever of them is at hand after a cut opens every copy, then to the new alone.
 func (s *session) rotateRootToken(ctx context.Context, progress plan.Progress) error {
-	if s.newRootToken.IsZero() {
-		return plan.WithHint(errors.New("the new site root token has no file"), "give it with --new-root-token-file=FILE: it is made where there is none")
-	}
 	if !s.opensMaterial(s.rootToken) {
 		progress.Message("%s is sealed to the new one alone already", s.initPath())
 		s.rootToken = s.newRootToken

@@ -17,9 +17,6 @@ import (
 	"github.com/nomad-site/site/internal/sitehost/journal"
 )
 
-// KindGeneration is the plan.Change kind of what a rotation does to a secret.
-const KindGeneration = "secret"
-
 // RotateOptions choose what Rotate rotates.
 type RotateOptions struct {
 	// Names are secrets ("shop.key") and roots of trust (see Roots).
@@ -72,6 +69,13 @@ func (r *rotating) candidateWritten() bool {
 	return r.state.Candidate > 0 && there && !version.Gone
 }
 
+// lacksCandidate reports whether the next generation is still to be written; what
+// only drains has none.
+func (r *rotating) lacksCandidate() bool {
+	drains := r.state.Retiring > 0 && r.state.Candidate == 0
+	return !drains && !r.candidateWritten()
+}
+
 // Rotate gives secrets their next generation without anyone noticing: write,
 // verify, try it with one allocation of each consumer, roll the rest, drain,
 // retire. What was cut short is finished by the next run.
@@ -104,30 +108,13 @@ func Rotate(ctx context.Context, options Options, choice RotateOptions) (plan.Re
 	})
 }
 
-// act is a step that finds what is left to do and does it.
-type act struct {
-	title string
-	plan  func(ctx context.Context) ([]plan.Change, error)
-	apply func(ctx context.Context, progress plan.Progress) error
-}
-
-var _ plan.Step = act{}
-
-func (a act) Name() string { return a.title }
-
-func (a act) Plan(ctx context.Context) ([]plan.Change, error) { return a.plan(ctx) }
-
-func (a act) Apply(ctx context.Context, _ []plan.Change, progress plan.Progress) error {
-	return a.apply(ctx, progress)
-}
-
 // checkChoice says all that is wrong with what was asked for, before anything remote.
 func (r *rotation) checkChoice() plan.Step {
 	return check{title: "check inputs", run: func(ctx context.Context) error {
 		if err := r.readRepository(ctx); err != nil {
 			return err
 		}
-		names := slices.DeleteFunc(slices.Clone(r.choice.Names), func(name string) bool { return slices.Contains(Roots(), name) })
+		names := withoutRoots(r.choice.Names)
 		problems := []error{r.site.CheckSecretNames(names), r.checkHostNames()}
 		values := map[string]secret.Value{}
 		for i := range r.choice.Values {
@@ -194,7 +181,6 @@ func (r *rotation) connectWhatAnswers() plan.Step {
 		for _, problem := range problems {
 			r.options.Warn(problem.Error())
 		}
-		r.unreachable = problems
 		if len(problems) > 0 && len(r.roots) > 0 {
 			return plan.WithHint(errors.Join(problems...), "roots of trust are rotated with all hosts up")
 		}
@@ -315,11 +301,11 @@ func (r *rotation) mint() plan.Step {
 		plan: func(context.Context) ([]plan.Change, error) {
 			var changes []plan.Change
 			for _, one := range r.secrets {
-				if one.state.Retiring > 0 && one.state.Candidate == 0 || one.candidateWritten() {
+				if !one.lacksCandidate() {
 					continue
 				}
 				changes = append(changes, plan.Change{
-					Action: plan.Create, Kind: KindGeneration, Target: one.FullName(),
+					Action: plan.Create, Kind: catalogue.Kind, Target: one.FullName(),
 					Reason:       fmt.Sprintf("generation %d after %d", one.entry.Version+1, one.state.Active),
 					Precondition: catalogue.Precondition(one.entry.Version),
 				})
@@ -328,7 +314,7 @@ func (r *rotation) mint() plan.Step {
 		},
 		apply: func(ctx context.Context, progress plan.Progress) error {
 			for _, one := range r.secrets {
-				if one.state.Retiring > 0 && one.state.Candidate == 0 || one.candidateWritten() {
+				if !one.lacksCandidate() {
 					continue
 				}
 				if err := r.mintOne(ctx, one, progress); err != nil {
@@ -409,7 +395,7 @@ func (r *rotation) databaseLogins(title, reason string) plan.Step {
 			}
 			return changes, err
 		},
-		apply: func(ctx context.Context, progress plan.Progress) error { return r.applyLogins(ctx, progress) },
+		apply: func(ctx context.Context, progress plan.Progress) error { return r.convergeLogins(ctx, nil, progress) },
 	}
 }
 
@@ -460,7 +446,7 @@ func (r *rotation) commit() plan.Step {
 			for _, one := range r.secrets {
 				if one.state.Candidate > 0 {
 					changes = append(changes, plan.Change{
-						Action: plan.Update, Kind: KindGeneration, Target: one.FullName(),
+						Action: plan.Update, Kind: catalogue.Kind, Target: one.FullName(),
 						Reason: fmt.Sprintf("generation %d is verified and becomes the active one", one.state.Candidate),
 					})
 				}

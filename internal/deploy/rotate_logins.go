@@ -33,35 +33,29 @@ func (r *rotation) desiredLogins(ctx context.Context, retired *rotating) (role.D
 	return desired, nil
 }
 
+// observeLogins compares them with what Postgres has.
+func (r *rotation) observeLogins(ctx context.Context, retired *rotating, progress plan.Progress) (desired role.Desired, actual role.Actual, err error) {
+	if desired, err = r.desiredLogins(ctx, retired); err != nil || len(desired.Roles) == 0 {
+		return desired, actual, err
+	}
+	if err = r.dialPostgres(ctx, progress); err != nil {
+		return desired, actual, err
+	}
+	actual, err = r.databases.Observe(ctx, desired)
+	return desired, actual, err
+}
+
 func (r *rotation) loginChanges(ctx context.Context) ([]plan.Change, error) {
-	desired, err := r.desiredLogins(ctx, nil)
-	if err != nil {
-		return nil, err
-	}
-	if err := r.dialPostgres(ctx, observing{r.options.Reporter, "database logins"}); err != nil {
-		return nil, err
-	}
-	actual, err := r.databases.Observe(ctx, desired)
+	desired, actual, err := r.observeLogins(ctx, nil, observing{r.options.Reporter, "database logins"})
 	if err != nil {
 		return nil, err
 	}
 	return role.Diff(desired, actual), nil
 }
 
-func (r *rotation) applyLogins(ctx context.Context, progress plan.Progress) error {
-	return r.convergeLogins(ctx, nil, progress)
-}
-
 func (r *rotation) convergeLogins(ctx context.Context, retired *rotating, progress plan.Progress) error {
-	desired, err := r.desiredLogins(ctx, retired)
+	desired, actual, err := r.observeLogins(ctx, retired, progress)
 	if err != nil || len(desired.Roles) == 0 {
-		return err
-	}
-	if err := r.dialPostgres(ctx, progress); err != nil {
-		return err
-	}
-	actual, err := r.databases.Observe(ctx, desired)
-	if err != nil {
 		return err
 	}
 	return r.databases.Apply(ctx, desired, actual, role.Diff(desired, actual), progress)

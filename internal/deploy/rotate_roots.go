@@ -21,6 +21,11 @@ func rootsOf(options Options, choice RotateOptions) []string {
 	})
 }
 
+// withoutRoots are the names that are not those of roots of trust.
+func withoutRoots(names []string) []string {
+	return slices.DeleteFunc(slices.Clone(names), func(name string) bool { return slices.Contains(Roots(), name) })
+}
+
 // rootSteps rotate what was chosen of the roots of trust, one step for each.
 func (r *rotation) rootSteps() []plan.Step {
 	var steps []plan.Step

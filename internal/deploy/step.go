@@ -22,6 +22,23 @@ func (c check) Plan(ctx context.Context) ([]plan.Change, error) { return nil, c.
 
 func (c check) Apply(context.Context, []plan.Change, plan.Progress) error { return nil }
 
+// act is a step that finds what is left to do and does it.
+type act struct {
+	title string
+	plan  func(ctx context.Context) ([]plan.Change, error)
+	apply func(ctx context.Context, progress plan.Progress) error
+}
+
+var _ plan.Step = act{}
+
+func (a act) Name() string { return a.title }
+
+func (a act) Plan(ctx context.Context) ([]plan.Change, error) { return a.plan(ctx) }
+
+func (a act) Apply(ctx context.Context, _ []plan.Change, progress plan.Progress) error {
+	return a.apply(ctx, progress)
+}
+
 // where leaves a step out of a run in which it has nothing to deal with. What
 // holds is known once the configuration was read, which is after the steps were listed.
 type where struct {

@@ -263,8 +263,6 @@ func (s *session) storeValues(ctx context.Context, values []NewValue, stored []S
 			problems = append(problems, plan.WithHint(fmt.Errorf("secret %s is %s and has a value", one.FullName(), sourceOf(one)),
 				"only a lost value of it can be put back; a new one comes from its source"))
 		}
-	}
-	for _, one := range secrets {
 		problems = append(problems, s.checkOverwrite(one, states[one.FullName()]))
 	}
 	if err := errors.Join(problems...); err != nil {

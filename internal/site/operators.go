@@ -24,13 +24,9 @@ func (o Operator) Fingerprint() (keyType, fingerprint string) {
 }
 
 // AddOperator puts an operator block at the end of site.hcl's site block, or
-// behind the last operator. All else stays as it is, comments too.
-func AddOperator(content []byte, name, publicKey string) ([]byte, error) {
-	return AddOperatorWithRights(content, name, publicKey, RightsDeploy)
-}
-
-// AddOperatorWithRights is AddOperator for one who may do less than deploy too.
-func AddOperatorWithRights(content []byte, name, publicKey, rights string) ([]byte, error) {
+// behind the last operator. All else stays as it is, comments too. rights are
+// RightsDeploy or RightsRotate.
+func AddOperator(content []byte, name, publicKey, rights string) ([]byte, error) {
 	if rights != RightsDeploy && rights != RightsRotate {
 		return nil, plan.WithHint(fmt.Errorf("operator %s: %q are no rights", name, rights), "there are %q and %q", RightsDeploy, RightsRotate)
 	}

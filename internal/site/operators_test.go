@@ -25,7 +25,7 @@ site "shop" {
 
 func TestOperatorsAreAddedAndRemovedAndTheRestStays(t *testing.T) {
 	const key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJzvoyAmo8fLnoExV7PWx0b06MfONnqdLRjF79hhOCIM carol@laptop\n"
-	added, err := AddOperator([]byte(twoOperators), "carol", key)
+	added, err := AddOperator([]byte(twoOperators), "carol", key, RightsDeploy)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -51,7 +51,7 @@ func TestOperatorsAreAddedAndRemovedAndTheRestStays(t *testing.T) {
 
 func TestAnOperatorWhoOnlyRotatesIsAddedAndRemoved(t *testing.T) {
 	const key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKoVQVGTFEtLFiS4dE3fZc6MaHOo89MPGJIkc4jXbdDw"
-	added, err := AddOperatorWithRights([]byte(twoOperators), "ci", key, RightsRotate)
+	added, err := AddOperator([]byte(twoOperators), "ci", key, RightsRotate)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -78,7 +78,7 @@ func TestAnOperatorThatCannotBeAddedOrRemovedIsRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	const key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKoVQVGTFEtLFiS4dE3fZc6MaHOo89MPGJIkc4jXbdDw"
-	withRotator, err := AddOperatorWithRights(lone, "ci", key, RightsRotate)
+	withRotator, err := AddOperator(lone, "ci", key, RightsRotate)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -87,17 +87,17 @@ func TestAnOperatorThatCannotBeAddedOrRemovedIsRefused(t *testing.T) {
 		want string
 	}{
 		"one that is there already": {func() ([]byte, error) {
-			return AddOperator([]byte(twoOperators), "bob", "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJzvoyAmo8fLnoExV7PWx0b06MfONnqdLRjF79hhOCIM")
+			return AddOperator([]byte(twoOperators), "bob", "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJzvoyAmo8fLnoExV7PWx0b06MfONnqdLRjF79hhOCIM", RightsDeploy)
 		}, "operator bob is there already"},
-		"a name that is none": {func() ([]byte, error) { return AddOperator([]byte(twoOperators), "Bob Smith", "x") }, `"Bob Smith" is not an operator's name`},
+		"a name that is none": {func() ([]byte, error) { return AddOperator([]byte(twoOperators), "Bob Smith", "x", RightsDeploy) }, `"Bob Smith" is not an operator's name`},
 		"a private key": {func() ([]byte, error) {
-			return AddOperator([]byte(twoOperators), "carol", "-----BEGIN OPENSSH PRIVATE KEY-----")
+			return AddOperator([]byte(twoOperators), "carol", "-----BEGIN OPENSSH PRIVATE KEY-----", RightsDeploy)
 		}, "this is a private key"},
 		"rights that are none": {func() ([]byte, error) {
-			return AddOperatorWithRights([]byte(twoOperators), "ci", key, "read")
+			return AddOperator([]byte(twoOperators), "ci", key, "read")
 		}, `operator ci: "read" are no rights`},
 		"one who only rotates, where nobody deploys": {func() ([]byte, error) {
-			return AddOperatorWithRights([]byte("site \"shop\" {}\n"), "ci", key, RightsRotate)
+			return AddOperator([]byte("site \"shop\" {}\n"), "ci", key, RightsRotate)
 		}, "operator ci could only rotate, and nobody could deploy"},
 		"the last one who deploys": {func() ([]byte, error) { return RemoveOperator(withRotator, "bob") }, "bob is the only operator who may deploy"},
 		"an unknown one":           {func() ([]byte, error) { return RemoveOperator([]byte(twoOperators), "carol") }, `there is no operator "carol"`},

@@ -10,16 +10,12 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
-	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"testing"
 	"time"
-
-	"golang.org/x/crypto/ssh"
 )
 
 const (
@@ -233,20 +229,12 @@ type balancer struct {
 // balance asks Nomad through the host's sshd, until the test ends.
 func (s *testSite) balance(service string) *balancer {
 	s.t.Helper()
-	key, err := os.ReadFile(filepath.Join(s.lab.Dir(), "id"))
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	signer, err := ssh.ParsePrivateKey(key)
-	if err != nil {
-		s.t.Fatal(err)
-	}
 	token, err := s.managementToken()
 	if err != nil {
 		s.t.Fatal(err)
 	}
 	// The catalogue is reached through the host, applications as by everybody.
-	nomad := s.dialHost(signer)
+	nomad := s.dialHost(s.labKey().signer)
 	dial := func(ctx context.Context, network, address string) (net.Conn, error) {
 		if address == nomadAddress {
 			return nomad.DialContext(ctx, network, address)

@@ -139,14 +139,7 @@ type bao struct {
 // bao logs in with the lab's key. The token is revoked at the test's end.
 func (s *testSite) bao() *bao {
 	s.t.Helper()
-	key, err := os.ReadFile(filepath.Join(s.lab.Dir(), "id"))
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	signer, err := ssh.ParsePrivateKey(key)
-	if err != nil {
-		s.t.Fatal(err)
-	}
+	signer := s.labKey().signer
 	connection := s.dialHost(signer)
 	b := &bao{s: s, client: &http.Client{Transport: &http.Transport{
 		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {

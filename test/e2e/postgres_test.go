@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -15,7 +14,6 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
-	"golang.org/x/crypto/ssh"
 
 	"github.com/nomad-site/site/internal/plan"
 )
@@ -36,20 +34,12 @@ const ledgerPause = 50 * time.Millisecond
 
 func (s *testSite) startLedger() *ledger {
 	s.t.Helper()
-	key, err := os.ReadFile(filepath.Join(s.lab.Dir(), "id"))
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	signer, err := ssh.ParsePrivateKey(key)
-	if err != nil {
-		s.t.Fatal(err)
-	}
 	config, err := pgconn.ParseConfig("host=127.0.0.1 user=hello_a database=hello sslmode=disable connect_timeout=5")
 	if err != nil {
 		s.t.Fatal(err)
 	}
 	config.Password = s.must("secrets", "get", ownPassword, "--reveal").stdout
-	tunnel := s.dialHost(signer)
+	tunnel := s.dialHost(s.labKey().signer)
 	config.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
 		return tunnel.DialContext(ctx, network, address)
 	}

@@ -217,15 +217,7 @@ type database struct {
 
 func (s *testSite) database() *database {
 	s.t.Helper()
-	key, err := os.ReadFile(filepath.Join(s.lab.Dir(), "id"))
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	signer, err := ssh.ParsePrivateKey(key)
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	return &database{s: s, tunnel: s.dialHost(signer), bao: s.bao()}
+	return &database{s: s, tunnel: s.dialHost(s.labKey().signer), bao: s.bao()}
 }
 
 func (d *database) config(program string) *pgxpool.Config {
