@@ -106,12 +106,20 @@ func (s *session) dialOpenBao(ctx context.Context) (*openbao.Client, openbao.Hea
 	if err != nil {
 		return nil, health, plan.WithHint(err, "see `site logs %s`", site.OpenBaoComponent)
 	}
+	s.engine = health.Cluster
 	return client, health, nil
 }
 
 // logInToOpenBao gives s.bao an operator's short token, which is revoked when the
 // run ends, however it ends.
 func (s *session) logInToOpenBao(ctx context.Context, client *openbao.Client, purpose string) error {
+	if s.engine == "" { // it was sealed when it was asked
+		health, err := client.Health(ctx)
+		if err != nil {
+			return err
+		}
+		s.engine = health.Cluster
+	}
 	signer, operator, err := s.operatorKey()
 	if err != nil {
 		return err

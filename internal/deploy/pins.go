@@ -32,7 +32,7 @@ type pinnedJob struct {
 // pinned: its producer writes a new value whenever it likes, and who reads it
 // follows.
 func (s *session) pins(entries map[string]catalogue.EntryState, candidates bool) nomad.Pins {
-	pins := nomad.Pins{Active: map[string]int{}, Previous: map[string]int{}}
+	pins := nomad.Pins{Engine: s.engine, Active: map[string]int{}, Previous: map[string]int{}}
 	for _, one := range s.site.Secrets() {
 		if one.ProducedBy != nil && one.ProducedBy.Component != "" {
 			continue
@@ -66,7 +66,7 @@ func pin(parsed *api.Job, brief nomad.Brief, pins nomad.Pins) (*pinnedJob, error
 	if err != nil {
 		return nil, err
 	}
-	brief.Secrets = pinned.Generations
+	brief.Secrets, brief.SecretsEngine = pinned.Generations, pinned.Engine
 	prepared, err := nomad.Prepare(pinned.Job, brief)
 	if err != nil {
 		return nil, err

@@ -7,6 +7,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/hashicorp/nomad/api"
+
+	"github.com/nomad-site/site/internal/adapter/nomad"
 	catalogue "github.com/nomad-site/site/internal/reconcile/secret"
 	"github.com/nomad-site/site/internal/site"
 )
@@ -108,5 +111,32 @@ func TestTheRootTokenIsRotatedOnlyWhereToIsSaid(t *testing.T) {
 				t.Errorf("roots %v, not %v", got, test.want)
 			}
 		})
+	}
+}
+
+func TestTheSameGenerationOfAnotherEngineIsAnotherJob(t *testing.T) {
+	read := `{{ with secret "site/data/shop/key" }}{{ .Data.data.value }}{{ end }}`
+	id, group, mode := "shop", "web", "restart"
+	parsed := &api.Job{ID: &id, TaskGroups: []*api.TaskGroup{{Name: &group, Tasks: []*api.Task{{
+		Name: "serve", Templates: []*api.Template{{ChangeMode: &mode, EmbeddedTmpl: &read}},
+	}}}}}
+	digest := func(pins nomad.Pins) string {
+		t.Helper()
+		job, err := pin(parsed, nomad.Brief{Site: "lab", Component: "shop"}, pins)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return job.Desired.SpecDigest
+	}
+	active := map[string]int{"shop.key": 1}
+	before := digest(nomad.Pins{Engine: "a", Active: active})
+	if digest(nomad.Pins{Engine: "a", Active: active}) != before {
+		t.Error("the same pins gave another job")
+	}
+	if digest(nomad.Pins{Engine: "b", Active: active}) == before {
+		t.Error("a job that holds the value of an engine that was wiped looks up to date")
+	}
+	if digest(nomad.Pins{Engine: "a"}) != digest(nomad.Pins{Engine: "b"}) {
+		t.Error("a job that is pinned to nothing differs by the engine")
 	}
 }

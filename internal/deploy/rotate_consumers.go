@@ -130,7 +130,7 @@ func (r *rotation) checkIsReleased(name string, recorded release.Component, have
 		}
 	}
 	// A deploy that wrote new values and a rotation differ in generations alone.
-	if pinned, err := r.repin(name, recorded, nomad.Pins{Active: have.Secrets, Previous: have.Secrets}); err == nil && pinned.Desired.SpecDigest == have.SpecDigest {
+	if pinned, err := r.repin(name, recorded, nomad.Pins{Engine: have.SecretsEngine, Active: have.Secrets, Previous: have.Secrets}); err == nil && pinned.Desired.SpecDigest == have.SpecDigest {
 		return nil
 	}
 	return plan.WithHint(fmt.Errorf("job %s is not what the last release put there", name),

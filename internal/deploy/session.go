@@ -53,6 +53,9 @@ type session struct {
 	pinned map[string]*pinnedJob
 	// entries are what OpenBao knows of the catalogue, once it was asked.
 	entries map[string]catalogue.EntryState
+	// engine tells the OpenBao that counts the generations from one that was
+	// initialised anew, and began to count again.
+	engine string
 	// recorded are the generations that jobs of the last release read.
 	recorded map[string]int
 	// renamed are passwords of roles that alternate since this run.

@@ -125,6 +125,8 @@ client {
 		return err
 	}
 	command := exec.Command(binary, "agent", "-dev", "-bind", "127.0.0.1", "-config", file)
+	// A dev agent keeps its keyring in the folder it is started in.
+	command.Dir = folder
 	command.Env = []string{"PATH=" + os.Getenv("PATH"), "TMPDIR=" + folder, "HOME=" + folder}
 	command.Stdout, command.Stderr = log, log
 	// If the tests die, the agent must not stay.

@@ -147,21 +147,22 @@ func (c *Client) jobsOf(ctx context.Context, site string) ([]*api.JobListStub, e
 func actualOf(shot snapshot) job.Actual {
 	live := shot.job
 	return job.Actual{
-		Exists:      true,
-		Stopped:     flag(live.Stop),
-		Dead:        text(live.Status) == "dead",
-		Version:     number(live.Version),
-		ModifyIndex: number(live.JobModifyIndex),
-		Type:        text(live.Type),
-		Site:        live.Meta[job.MetaSite],
-		Component:   live.Meta[job.MetaComponent],
-		SpecDigest:  live.Meta[job.MetaSpecDigest],
-		GitSHA:      live.Meta[job.MetaGitSHA],
-		DeployID:    live.Meta[job.MetaDeployID],
-		Artifacts:   artifactsOf(live.Meta),
-		Secrets:     secretsOf(live.Meta),
-		Trial:       live.Meta[job.MetaTrial],
-		Health:      healthOf(shot),
+		Exists:        true,
+		Stopped:       flag(live.Stop),
+		Dead:          text(live.Status) == "dead",
+		Version:       number(live.Version),
+		ModifyIndex:   number(live.JobModifyIndex),
+		Type:          text(live.Type),
+		Site:          live.Meta[job.MetaSite],
+		Component:     live.Meta[job.MetaComponent],
+		SpecDigest:    live.Meta[job.MetaSpecDigest],
+		GitSHA:        live.Meta[job.MetaGitSHA],
+		DeployID:      live.Meta[job.MetaDeployID],
+		Artifacts:     artifactsOf(live.Meta),
+		Secrets:       secretsOf(live.Meta),
+		SecretsEngine: live.Meta[job.MetaSecretsEngine],
+		Trial:         live.Meta[job.MetaTrial],
+		Health:        healthOf(shot),
 	}
 }
 
@@ -400,7 +401,7 @@ func fieldLines(where string, fields []*api.FieldDiff) []string {
 
 func isOurMeta(field string) bool {
 	switch strings.TrimSuffix(strings.TrimPrefix(field, "Meta["), "]") {
-	case job.MetaArtifacts, job.MetaSpecDigest, job.MetaGitSHA, job.MetaDeployID, job.MetaSecrets, job.MetaTrial:
+	case job.MetaArtifacts, job.MetaSpecDigest, job.MetaGitSHA, job.MetaDeployID, job.MetaSecrets, job.MetaSecretsEngine, job.MetaTrial:
 		return true
 	}
 	return false

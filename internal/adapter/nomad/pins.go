@@ -24,6 +24,9 @@ const (
 // Pins say which generation of each secret, by its full name ("shop.key"), a
 // job is to read. A secret that is not in Active is not pinned.
 type Pins struct {
+	// Engine is what counts the generations: the same number in another one is
+	// another value.
+	Engine string
 	Active map[string]int
 	// Previous is what `?version=previous` stands for: the generation before,
 	// while it is being retired, and otherwise the active one.
@@ -43,6 +46,8 @@ func (p Pins) of(fullName string, previous bool) (int, bool) {
 // PinnedJob is a parsed job whose templates name the generations that they read.
 type PinnedJob struct {
 	Job *api.Job
+	// Engine is that of the pins, and empty where nothing was pinned.
+	Engine string
 	// Generations are what the templates read that restart a task, by secret. What
 	// they read by `?version=previous` is there under the name with that behind it.
 	Generations map[string]int
@@ -86,6 +91,9 @@ func Pin(parsed *api.Job, pins Pins) (PinnedJob, error) {
 				pinned.Live = append(pinned.Live, live)
 			}
 		}
+	}
+	if len(pinned.Generations)+len(pinned.Live) > 0 {
+		pinned.Engine = pins.Engine
 	}
 	return pinned, nil
 }

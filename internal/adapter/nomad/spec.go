@@ -138,7 +138,9 @@ type Brief struct {
 	Artifacts map[string]string
 	// Secrets are the generations that the job's templates are pinned to; see Pin.
 	Secrets map[string]int
-	Adopt   bool
+	// SecretsEngine is what counts them; empty where nothing is pinned.
+	SecretsEngine string
+	Adopt         bool
 }
 
 // Prepared is a job ready to be registered.
@@ -183,6 +185,9 @@ func Prepare(parsed *api.Job, brief Brief) (*Prepared, error) {
 	prepared.Meta[job.MetaArtifacts] = string(encoded)
 	if err := markSecrets(prepared, brief.Secrets); err != nil {
 		return nil, err
+	}
+	if brief.SecretsEngine != "" {
+		prepared.Meta[job.MetaSecretsEngine] = brief.SecretsEngine
 	}
 	stop := false
 	prepared.Stop = &stop

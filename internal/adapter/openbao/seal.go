@@ -34,6 +34,9 @@ type Health struct {
 	// Product is OpenBao or Vault, by what it answers.
 	Product string
 	Version string
+	// Cluster is what the engine was called when it was initialised: one that was
+	// initialised again is another. Empty while it is sealed.
+	Cluster string
 }
 
 // Health asks the engine how it is.
@@ -51,7 +54,7 @@ func (c *Client) Health(ctx context.Context) (Health, error) {
 		return Health{}, fmt.Errorf("read the secrets engine's health: %w", err)
 	}
 	flag := func(field string) bool { value, _ := body[field].(bool); return value }
-	health := Health{Initialized: flag("initialized"), Sealed: flag("sealed"), Version: text(body, "version"), Product: product(body)}
+	health := Health{Initialized: flag("initialized"), Sealed: flag("sealed"), Version: text(body, "version"), Product: product(body), Cluster: text(body, "cluster_id")}
 	health.Active = health.Initialized && !health.Sealed && !flag("standby")
 	return health, nil
 }

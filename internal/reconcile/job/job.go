@@ -29,6 +29,10 @@ const (
 	MetaArtifacts  = "site_artifacts"
 	// MetaSecrets is JSON of the generations that the job's templates read.
 	MetaSecrets = "site_secrets"
+	// MetaSecretsEngine is what counts those generations. One that was initialised
+	// anew begins at 1 again: without this, a job that reads generation 1 would
+	// look up to date, and hold the value of the one before.
+	MetaSecretsEngine = "site_secrets_engine"
 	// MetaTrial is set only on a job that was registered to be tried first, to one
 	// of the two values below: its update blocks are not those of the spec.
 	MetaTrial = "site_trial"
@@ -84,6 +88,8 @@ type Actual struct {
 	DeployID   string
 	Artifacts  map[string]string
 	Secrets    map[string]int
+	// SecretsEngine counts them; empty for jobs that read none.
+	SecretsEngine string
 	// Trial is TrialCanary, TrialWhole, or empty for a job that was registered as its spec says.
 	Trial string
 
