@@ -14,18 +14,19 @@ SITE := bin/site
 LAB_TOKEN := .lab/lab/root-token
 LAB_TOOLS := nomad nomad-driver-podman secrets-server versitygw ansible
 TEST_TIMEOUT ?= 80m
+HOST_PROGRAMS := site-host object-storage-service
 
 .PHONY: setup build lab lab-down test test-unit test-full lint bench tools generate clean
 
 setup: ## install what this machine lacks
 	@hack/setup
 
-# site carries the site-host executables for both architectures.
+# site carries what runs on the hosts, for both architectures.
 build: ## build bin/site and bin/site-host
 	@mkdir -p bin
-	for arch in amd64 arm64; do \
-	  GOOS=linux GOARCH=$$arch go build -trimpath -ldflags "-s -w" -o internal/hostbinary/site-host-linux-$$arch ./cmd/site-host; \
-	done
+	for program in $(HOST_PROGRAMS); do for arch in amd64 arm64; do \
+	  GOOS=linux GOARCH=$$arch go build -trimpath -ldflags "-s -w" -o internal/hostbinary/$$program-linux-$$arch ./cmd/$$program; \
+	done; done
 	go build -trimpath -tags embed_site_host -ldflags "$(LDFLAGS)" -o $(SITE) ./cmd/site
 
 tools: build ## build the pinned tools into the cache
@@ -75,4 +76,4 @@ bench: setup tools ## speed and memory, as ratios; see docs/performance.md
 	SITE_TEST_LAB=1 SITE_TEST_SITE=$(CURDIR)/$(SITE) go test -run '^$$' -bench . -benchtime 1x -timeout 60m ./test/bench/... ./internal/adapter/openbao ./internal/adapter/postgres
 
 clean: ## remove what was built here
-	rm -rf bin internal/hostbinary/site-host-linux-*
+	rm -rf bin $(HOST_PROGRAMS:%=internal/hostbinary/%-linux-*)

@@ -9,13 +9,14 @@ import (
 	"strings"
 )
 
-//go:embed openbao postgresql
+//go:embed object-storage-service openbao postgresql
 var platform embed.FS
 
 // folder is where a repository has its components, and FS shows these.
 const folder = "jobs"
 
-// FS holds jobs/openbao and jobs/postgresql, as a repository would.
+// FS holds jobs/object-storage-service, jobs/openbao and jobs/postgresql, as a
+// repository would.
 func FS() fs.FS { return below{platform} }
 
 // below shows files one folder deeper than they are. Its root cannot be listed.

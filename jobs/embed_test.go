@@ -2,6 +2,7 @@ package jobs_test
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"slices"
 	"strings"
@@ -26,6 +27,7 @@ func TestOnlyThePlatformsOwnComponentsAreCarried(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := []string{
+		"jobs/object-storage-service/component.hcl", "jobs/object-storage-service/object-storage-service.nomad.hcl",
 		"jobs/openbao/component.hcl", "jobs/openbao/openbao.nomad.hcl",
 		"jobs/postgresql/component.hcl", "jobs/postgresql/postgresql.nomad.hcl",
 	}
@@ -77,6 +79,52 @@ func TestAnAdoptersSiteUsesThem(t *testing.T) {
 		if len(component.After) > 0 || len(component.Secrets) > 0 || len(component.Reads) > 0 || strings.Contains(string(component.Jobspec), "vault {") {
 			t.Errorf("%s needs %+v", name, component)
 		}
+	}
+}
+
+func TestASiteWithAnObjectStoreHasItsService(t *testing.T) {
+	const document = `site "gamma" {
+  host "gamma-1" {
+    address = "gamma-1"
+  }
+
+  component "openbao" {}
+  component "object-storage-service" {
+    variables = { allowed_jobs = ["deploy-engine"] }
+  }
+
+  object_store {
+    endpoint = "https://s3.example.net"
+    bucket   = "gamma-artifacts"
+  }
+}
+`
+	repository := fstest.MapFS{"sites/gamma/site.hcl": &fstest.MapFile{Data: []byte(document)}}
+	loaded, err := site.Load(repository, "gamma", site.LoadOptions{WorkDir: t.TempDir(), Platform: jobs.FS()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	component := loaded.Component(site.ObjectStorageComponent)
+	var reads []string
+	for _, read := range component.Reads {
+		reads = append(reads, read.Secret)
+	}
+	// Not those of the hosts, nor the provider's.
+	prefix := site.ObjectStorageComponent + "."
+	if want := []string{prefix + site.StoreAdminID, prefix + site.StoreAdminSecret}; !slices.Equal(reads, want) {
+		t.Errorf("it reads %q", reads)
+	}
+	jobspec := string(component.Jobspec)
+	for _, wanted := range []string{
+		fmt.Sprintf("static = %d\n", site.ObjectStoragePort), fmt.Sprintf(`"127.0.0.1:%d"`, site.ObjectStoragePort),
+		"readonly_rootfs = true", `cap_drop        = ["ALL"]`, "env = false",
+	} {
+		if !strings.Contains(jobspec, wanted) {
+			t.Errorf("the job has no %s", wanted)
+		}
+	}
+	if strings.Count(jobspec, `change_mode = "noop"`) != 2 {
+		t.Error("a new key restarts the service")
 	}
 }
 

@@ -8,6 +8,8 @@ import (
 	"os/signal"
 	"syscall"
 
+	_ "golang.org/x/crypto/x509roots/fallback" // a host may have no certificates of its own
+
 	"github.com/nomad-site/site/internal/sitehost/command"
 )
 

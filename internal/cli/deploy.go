@@ -26,6 +26,7 @@ type runFlags struct {
 	only         []string
 	prune        bool
 	remake       []string
+	via          string
 }
 
 func (f *runFlags) addRun(command *cobra.Command) {
@@ -34,6 +35,7 @@ func (f *runFlags) addRun(command *cobra.Command) {
 	command.Flags().DurationVar(&f.timeout, "timeout", 0, "deadline of the whole run; default: deadline in site.hcl, 15m if it has none")
 	command.Flags().StringVar(&f.takeOverLock, "take-over-lock", "", "take the lock with this id from its holder")
 	command.Flags().BoolVar(&f.prune, "prune", false, "remove what is the site's own and no component declares: jobs, roles, databases, policies")
+	command.Flags().StringVar(&f.via, "via", "", "how artifacts travel: ssh, or store; default: the object store, where the site has one")
 	command.Flags().StringSliceVar(&f.remake, "remake-secret", nil, "make a generated secret anew that was lost, although jobs run on the lost value")
 }
 
@@ -46,7 +48,10 @@ func (f *runFlags) runOptions(env Environment, flags *globalFlags) (deploy.Optio
 		return options, plan.WithHint(fmt.Errorf("--timeout %s is negative", f.timeout), "give a duration such as 15m")
 	}
 	options.Revision, options.Timeout, options.TakeOverLock = f.sha, f.timeout, f.takeOverLock
-	options.Only, options.Prune, options.RemakeSecrets = f.only, f.prune, f.remake
+	if f.via != "" && f.via != deploy.ViaSSH && f.via != deploy.ViaStore {
+		return options, plan.WithHint(fmt.Errorf("--via %q is no way for artifacts", f.via), "give --via=ssh or --via=store")
+	}
+	options.Only, options.Prune, options.RemakeSecrets, options.Via = f.only, f.prune, f.remake, f.via
 	options.AfterStep = injectedFault(os.Getenv(faultVariable))
 	return options, nil
 }

@@ -28,6 +28,8 @@ func commands(env Environment, flags *globalFlags) []*cobra.Command {
 		newDeploy(env, flags),
 		newPlan(env, flags),
 		newSecrets(env, flags),
+		newArtifacts(env, flags),
+		newProvider(env, flags),
 		newOperators(env, flags),
 		newStatus(env, flags),
 		newLogs(env, flags),
@@ -109,6 +111,7 @@ func (f *siteFlags) options(env Environment, flags *globalFlags) (deploy.Options
 		CacheDir: cache,
 		Platform: deploy.Platform{
 			Bootstrap: bootstrap.FS, Playbook: ansible.FS, Jobs: jobs.FS(), Tools: tools, SiteHost: hostbinary.For,
+			Embedded: hostbinary.Executable,
 		},
 		Reporter: newReporter(env, flags),
 		Warn: func(message string) {

@@ -29,7 +29,7 @@ type perHost[T any] map[string]T
 
 // sendPlatformArtifacts brings packages, Nomad and its driver to every host, always over SSH.
 func (s *session) sendPlatformArtifacts() plan.Step {
-	return s.sendStep("platform artifacts", func() []*remoteHost { return s.hosts }, func() ([]shipment, error) {
+	return s.bringStep("platform artifacts", func() []*remoteHost { return s.hosts }, func(context.Context) ([]shipment, error) {
 		var shipments []shipment
 		for _, tool := range []string{toolNomad, toolDriver} {
 			file := s.platform.executables[tool]
@@ -63,7 +63,7 @@ func (s *session) sendPlatformArtifacts() plan.Step {
 			Size: source.Size(), Platform: true, Blobs: append(digests, source.Digest()),
 		}}
 		return append(shipments, bundle), nil
-	})
+	}, s.send)
 }
 
 func (s *session) shipFile(name, digest, path string, size int64) (shipment, error) {
@@ -83,30 +83,15 @@ func (s *session) shipFile(name, digest, path string, size int64) (shipment, err
 	}, nil
 }
 
-// sendArtifacts brings the components' artifacts to every host that runs jobs.
+// sendArtifacts brings the components' artifacts to every host that runs jobs, but
+// for those that hosts pull from the object store.
 func (s *session) sendArtifacts() plan.Step {
-	clients := func() []*remoteHost {
-		var clients []*remoteHost
-		for _, h := range s.hosts {
-			if h.Client {
-				clients = append(clients, h)
-			}
+	return s.bringStep("artifacts", s.jobHosts, func(ctx context.Context) ([]shipment, error) {
+		if err := s.needSiteHost(); err != nil {
+			return nil, err
 		}
-		return clients
-	}
-	return s.sendStep("artifacts", clients, func() ([]shipment, error) {
-		var shipments []shipment
-		for _, component := range s.site.Components {
-			for _, built := range s.built[component.Name] {
-				one, err := s.shipBuilt(component, built)
-				if err != nil {
-					return nil, err
-				}
-				shipments = append(shipments, one)
-			}
-		}
-		return shipments, nil
-	})
+		return s.componentShipments(ctx, ViaSSH)
+	}, s.send)
 }
 
 func (s *session) shipBuilt(component site.Component, built builder.Built) (shipment, error) {
@@ -158,11 +143,14 @@ func writeCache(path string, manifest blob.Manifest) error {
 	return nil
 }
 
-// sendStep brings shipments to hosts: only missing chunks travel.
-func (s *session) sendStep(title string, hosts func() []*remoteHost, desire func() ([]shipment, error)) plan.Step {
+// deliver brings shipments to one host.
+type deliver func(ctx context.Context, h *remoteHost, shipments []shipment, progress plan.Progress) error
+
+// bringStep brings shipments to hosts, in one way or the other: only missing chunks travel.
+func (s *session) bringStep(title string, hosts func() []*remoteHost, desire func(context.Context) ([]shipment, error), bring deliver) plan.Step {
 	return &plan.Reconciler[[]shipment, perHost[[]artifact.Actual]]{
 		Title:  title,
-		Desire: func(context.Context) ([]shipment, error) { return desire() },
+		Desire: desire,
 		Observe: func(ctx context.Context, desired []shipment) (perHost[[]artifact.Actual], error) {
 			if err := s.needSiteHost(); err != nil {
 				return nil, err
@@ -179,13 +167,9 @@ func (s *session) sendStep(title string, hosts func() []*remoteHost, desire func
 			return actual, err
 		},
 		Diff: func(desired []shipment, actual perHost[[]artifact.Actual]) []plan.Change {
-			wanted := make([]artifact.Desired, len(desired))
-			for i := range desired {
-				wanted[i] = desired[i].desired
-			}
 			var changes []plan.Change
 			for _, h := range hosts() {
-				changes = append(changes, artifact.Diff(h.Name, wanted, actual[h.Name])...)
+				changes = append(changes, artifact.Diff(h.Name, wanted(desired), actual[h.Name])...)
 			}
 			return changes
 		},
@@ -198,10 +182,18 @@ func (s *session) sendStep(title string, hosts func() []*remoteHost, desire func
 				if !waiting[h.Name] {
 					return nil
 				}
-				return s.send(ctx, h, desired, progress)
+				return bring(ctx, h, desired, progress)
 			})
 		},
 	}
+}
+
+func wanted(shipments []shipment) []artifact.Desired {
+	desired := make([]artifact.Desired, len(shipments))
+	for i := range shipments {
+		desired[i] = shipments[i].desired
+	}
+	return desired
 }
 
 func joinOffers(shipments []shipment) blob.Offer {
@@ -216,11 +208,16 @@ func joinOffers(shipments []shipment) blob.Offer {
 // probe asks one host what it lacks: one question for all, since each carries
 // the chunk lists of what is lacking.
 func (s *session) probe(ctx context.Context, h *remoteHost, desired []shipment) ([]artifact.Actual, error) {
-	actual := make([]artifact.Actual, len(desired))
 	missing, err := s.missing(ctx, h, joinOffers(desired))
 	if err != nil {
 		return nil, err
 	}
+	return lackingOf(desired, missing), nil
+}
+
+// lackingOf sorts what somebody lacks by shipment.
+func lackingOf(desired []shipment, missing blob.Report) []artifact.Actual {
+	actual := make([]artifact.Actual, len(desired))
 	lacking := map[blob.Digest]bool{}
 	for _, digest := range missing.Blobs {
 		lacking[digest] = true
@@ -238,7 +235,7 @@ func (s *session) probe(ctx context.Context, h *remoteHost, desired []shipment) 
 			}
 		}
 	}
-	return actual, nil
+	return actual
 }
 
 func (s *session) missing(ctx context.Context, h *remoteHost, offer blob.Offer) (blob.Report, error) {

@@ -143,7 +143,7 @@ func (s *session) buildOne(ctx context.Context, folder string, artifact site.Art
 			}
 			return filepath.Dir(filepath.Dir(executable)), nil
 		},
-		Debs: s.debFiles,
+		Debs: s.debFiles, Embedded: s.options.Platform.Embedded,
 	})
 }
 

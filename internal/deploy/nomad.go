@@ -100,15 +100,7 @@ func (s *session) hurryClients(ctx context.Context, progress plan.Progress) erro
 }
 
 // clients is how many hosts run jobs.
-func (s *session) clients() int {
-	clients := 0
-	for _, h := range s.hosts {
-		if h.Client {
-			clients++
-		}
-	}
-	return clients
-}
+func (s *session) clients() int { return len(s.jobHosts()) }
 
 func (s *session) operators() ([]nomad.Operator, error) {
 	var operators []nomad.Operator

@@ -37,6 +37,8 @@ type Options struct {
 	// RemakeSecrets are full names of generated secrets that were lost and may be
 	// made anew although jobs run on the lost value.
 	RemakeSecrets []string
+	// Via is ViaSSH, ViaStore, or empty for the store where there is one that works.
+	Via string
 	// AfterStep, where set, is called after each step of a run that is not dry;
 	// its error ends the run. Tests inject faults with it.
 	AfterStep func(ctx context.Context, step string) error
@@ -62,6 +64,8 @@ type Platform struct {
 	Tools *toolchain.Toolchain
 	// SiteHost gives the site-host executable for a platform such as "linux/amd64".
 	SiteHost func(platform string) ([]byte, error)
+	// Embedded gives any other executable that the site binary carries, by name.
+	Embedded func(name, platform string) ([]byte, error)
 }
 
 // LockedError says who holds the site's lock.

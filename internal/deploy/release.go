@@ -80,6 +80,7 @@ func (s *session) putRelease(ctx context.Context, sha string, components map[str
 	if err := s.servers()[0].siteHost(ctx, record, nil, "release", "put", "--dir", host.ReleasesPath); err != nil {
 		return err
 	}
+	s.released = true
 	// The copy is small: the specs stay in the record on the host.
 	brief := map[string]release.Component{}
 	for name, component := range components {

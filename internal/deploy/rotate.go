@@ -49,6 +49,8 @@ type rotation struct {
 	// operator is who runs it; events are what the journal does not have yet.
 	operator string
 	events   []journal.Event
+	// minted are the keys of the object store that this run made at the provider.
+	minted map[string]secret.Value
 }
 
 // rotating is one secret on its way.
@@ -61,6 +63,8 @@ type rotating struct {
 	value secret.Value
 	// fresh: it begins with this run; otherwise an earlier one was cut short.
 	fresh bool
+	// mintAgain: its candidate is of no use without others that are lacking.
+	mintAgain bool
 }
 
 // candidateWritten reports whether the version of the candidate is there.
@@ -72,6 +76,9 @@ func (r *rotating) candidateWritten() bool {
 // lacksCandidate reports whether the next generation is still to be written; what
 // only drains has none.
 func (r *rotating) lacksCandidate() bool {
+	if r.mintAgain {
+		return true
+	}
 	drains := r.state.Retiring > 0 && r.state.Candidate == 0
 	return !drains && !r.candidateWritten()
 }
@@ -80,6 +87,7 @@ func (r *rotating) lacksCandidate() bool {
 // verify, try it with one allocation of each consumer, roll the rest, drain,
 // retire. What was cut short is finished by the next run.
 func Rotate(ctx context.Context, options Options, choice RotateOptions) (plan.Result, error) {
+	choice.Names = withStoreKeys(choice.Names)
 	if choice.Due && choice.Drain < 0 {
 		idle, err := nothingDue(ctx, options)
 		if err != nil || idle {
@@ -93,6 +101,7 @@ func Rotate(ctx context.Context, options Options, choice RotateOptions) (plan.Re
 			r.connectWhatAnswers(),
 			s.takeLock("rotate secrets"),
 			r.openPlatform(),
+			r.firstStoreKeys(),
 			r.mint(),
 			r.databaseLogins("database logins", "the next generation may log in"),
 			r.verifyCandidates(),
@@ -104,6 +113,7 @@ func Rotate(ctx context.Context, options Options, choice RotateOptions) (plan.Re
 			r.drain(),
 			r.retire(),
 			r.databaseLogins("retired logins", "only the active generation may log in"),
+			r.sweepProvider(),
 		}, r.rootSteps()...)
 	})
 }
@@ -247,6 +257,14 @@ func (r *rotation) choose(ctx context.Context) error {
 	for _, one := range catalogue.DueSecrets(secrets, r.entries, time.Now()) {
 		due[one.Name] = true
 	}
+	asks := func(one site.Secret) bool {
+		name := one.FullName()
+		return slices.Contains(r.choice.Names, name) || r.choice.All && r.rotatableAlone(one) || r.choice.Due && due[name]
+	}
+	// The keys of the object store are of one generation: all of them, or none.
+	keys := slices.ContainsFunc(secrets, func(one site.Secret) bool {
+		return isStoreKey(one) && (asks(one) || r.entries[one.FullName()].Rotation().Running())
+	})
 	var problems []error
 	r.secrets = nil
 	for _, one := range secrets {
@@ -254,8 +272,10 @@ func (r *rotation) choose(ctx context.Context) error {
 		entry := r.entries[name]
 		state := entry.Rotation()
 		// What is unfinished is finished by any run.
-		asked := slices.Contains(r.choice.Names, name) || r.choice.All && r.rotatableAlone(one) || r.choice.Due && due[name]
+		asked := asks(one) || keys && isStoreKey(one)
 		switch {
+		case isStoreKey(one) && r.lacksStoreKeys():
+			continue // all four get their first generation by a step of its own
 		case state.Running():
 		case !asked:
 			continue
@@ -300,6 +320,7 @@ func (r *rotation) mint() plan.Step {
 		title: "mint",
 		plan: func(context.Context) ([]plan.Change, error) {
 			var changes []plan.Change
+			r.oneGeneration()
 			for _, one := range r.secrets {
 				if !one.lacksCandidate() {
 					continue
@@ -339,7 +360,7 @@ func (r *rotation) mintOne(ctx context.Context, one *rotating, progress plan.Pro
 	fields := openbao.Fields{Value: one.value}
 	var err error
 	if one.External == nil {
-		if fields.Value, err = r.newValue(ctx, one.Secret, progress); err != nil {
+		if fields.Value, err = r.nextValue(ctx, one, progress); err != nil {
 			return fmt.Errorf("secret %s: %w", name, err)
 		}
 	}
@@ -363,9 +384,17 @@ func (r *rotation) mintOne(ctx context.Context, one *rotating, progress plan.Pro
 	if version != one.state.Candidate {
 		return fmt.Errorf("secret %s: OpenBao wrote version %d, not %d", name, version, one.state.Candidate)
 	}
+	one.mintAgain = false
 	progress.Message("%s: generation %d is written", name, version)
 	r.note("minted", one, version, "")
 	return nil
+}
+
+func (r *rotation) nextValue(ctx context.Context, one *rotating, progress plan.Progress) (secret.Value, error) {
+	if isStoreKey(one.Secret) {
+		return r.storeKey(ctx, one.FullName(), progress)
+	}
+	return r.newValue(ctx, one.Secret, progress)
 }
 
 // newValue makes a value from its source.

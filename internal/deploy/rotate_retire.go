@@ -142,6 +142,9 @@ func (r *rotation) stillNeeded(ctx context.Context, one *rotating) (string, erro
 	if away = slices.DeleteFunc(away, func(host string) bool { return slices.Contains(without, host) }); len(away) > 0 {
 		return fmt.Sprintf("host %s is away (or give --retire-without-host)", strings.Join(away, ", ")), nil
 	}
+	if behind, err := r.hostsBehind(ctx, one); err != nil || behind != "" {
+		return behind, err
+	}
 	return r.stillRead(ctx, one, without)
 }
 

@@ -100,6 +100,7 @@ func (s *session) diffSecrets(desired []site.Secret, actual secretsState) ([]pla
 		InUse:   func(name string) []string { return actual.inUse[name] },
 		Waiting: catalogue.Readers(s.site),
 		Remake:  s.remake(),
+		Site:    s.site.Name,
 	})
 }
 

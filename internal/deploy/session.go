@@ -24,6 +24,7 @@ import (
 	"github.com/nomad-site/site/internal/seal"
 	"github.com/nomad-site/site/internal/secret"
 	"github.com/nomad-site/site/internal/site"
+	"github.com/nomad-site/site/internal/writesession/client"
 )
 
 // session is one run: what was read of the repository, and the connections.
@@ -72,6 +73,12 @@ type session struct {
 	// bao is OpenBao with the operator's short token, databases Postgres' superuser.
 	bao       *openbao.Client
 	databases *postgres.Client
+	// via is how the components' artifacts travel, once that is decided; store is
+	// the service that hands out uploads, where they go that way.
+	via string
+	// released: this run wrote a release.
+	released bool
+	store    *client.Client
 	// missingSecrets are the external secrets that nobody imported yet; blocked are the
 	// components that wait for one, with the reason.
 	missingSecrets error

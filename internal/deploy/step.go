@@ -39,6 +39,14 @@ func (a act) Apply(ctx context.Context, _ []plan.Change, progress plan.Progress)
 	return a.apply(ctx, progress)
 }
 
+// renamed is a step that a flow has twice, by another name.
+type renamed struct {
+	plan.Step
+	title string
+}
+
+func (r renamed) Name() string { return r.title }
+
 // where leaves a step out of a run in which it has nothing to deal with. What
 // holds is known once the configuration was read, which is after the steps were listed.
 type where struct {

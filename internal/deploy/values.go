@@ -149,6 +149,8 @@ func sourceOf(one site.Secret) string {
 		return "external"
 	case one.ProducedBy != nil && one.ProducedBy.Component != "":
 		return "produced by " + one.ProducedBy.Component
+	case isStoreKey(one):
+		return "made by " + one.ProducedBy.Provider
 	}
 	return "produced by a command"
 }

@@ -5,4 +5,5 @@ package hostbinary
 import "embed"
 
 //go:embed site-host-linux-amd64 site-host-linux-arm64
+//go:embed object-storage-service-linux-amd64 object-storage-service-linux-arm64
 var executables embed.FS

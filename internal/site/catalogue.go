@@ -101,7 +101,7 @@ func (c *catalogue) checkProducers(placed *placedComponent) {
 			fix = fmt.Sprintf(" Add component %q {} to %s.", name, c.siteFile)
 		}
 		c.problems.add(at(block.ProducedBy.Body, "component"), "Missing producer", "%s waits for %s: %s is produced by %s, which is not active.%s",
-			placed.Name, name, fullSecretName(placed.Name, block.Name), name, fix)
+			placed.Name, name, placed.Name+"."+block.Name, name, fix)
 	}
 }
 
@@ -135,6 +135,8 @@ func (c *catalogue) listedReads(placed *placedComponent, reads map[string]Secret
 		case listed[full]:
 			c.problems.add(subject, "Duplicate reference", "%q is already in reads.", name)
 			continue
+		case !c.exists(full) && c.secrets[placed.Name+"."+name].Name != "":
+			c.problems.add(subject, "Unknown secret in reads", "No active component declares a secret %q. Did you mean %q?", full, placed.Name+"."+name)
 		case !c.exists(full):
 			c.problems.add(subject, "Unknown secret in reads", "%s", c.missing(full))
 		default:
@@ -288,6 +290,12 @@ func secretOfPath(text string) (fullName string, previous bool, problem string) 
 	return fullName, asks, problem
 }
 
+// isSecretEntry accepts what can be the last part of a path. A name that nobody may
+// declare is reported as one that nobody declares; dots can be a step in a path.
+func isSecretEntry(name string) bool {
+	return name != "" && (!strings.Contains(name, ".") || isSecretName(name))
+}
+
 // secretOfEntry is the full name of the entry that a path without its query names.
 func secretOfEntry(text, clean string) (fullName, problem string) {
 	const form = SecretMount + "/data/COMPONENT/NAME"
@@ -297,7 +305,7 @@ func secretOfEntry(text, clean string) (fullName, problem string) {
 		return "", fmt.Sprintf("No policy lets a job read %q: the secrets of a site are at %s.", text, form)
 	case len(parts) == 3 && parts[1] != "data" && parts[1] != "metadata":
 		return "", fmt.Sprintf("%q lacks data/ behind the mount: write %q.", text, strings.Join([]string{SecretMount, "data", parts[1], parts[2]}, "/"))
-	case len(parts) != 4 || parts[1] != "data" || parts[2] == "" || parts[3] == "" || strings.Contains(clean, "."):
+	case len(parts) != 4 || parts[1] != "data" || parts[2] == "" || strings.Contains(parts[2], ".") || !isSecretEntry(parts[3]):
 		return "", fmt.Sprintf("%q is not %s.", text, form)
 	}
 	return parts[2] + "." + parts[3], ""

@@ -14,10 +14,12 @@ import (
 // stores is a platform with what secrets and databases need.
 func stores() fstest.MapFS {
 	return repository(map[string]string{
-		"jobs/openbao/component.hcl":           "",
-		"jobs/openbao/openbao.nomad.hcl":       "job \"openbao\" {}\n",
-		"jobs/postgresql/component.hcl":        "",
-		"jobs/postgresql/postgresql.nomad.hcl": "job \"postgresql\" {}\n",
+		"jobs/openbao/component.hcl":                                   "",
+		"jobs/openbao/openbao.nomad.hcl":                               "job \"openbao\" {}\n",
+		"jobs/postgresql/component.hcl":                                "",
+		"jobs/object-storage-service/component.hcl":                    "",
+		"jobs/object-storage-service/object-storage-service.nomad.hcl": "job \"object-storage-service\" {}\n",
+		"jobs/postgresql/postgresql.nomad.hcl":                         "job \"postgresql\" {}\n",
 	})
 }
 

@@ -37,6 +37,7 @@ type artifactBlock struct {
 	URL           string    `hcl:"url,optional"`
 	Tool          string    `hcl:"tool,optional"`
 	DebPackages   []string  `hcl:"deb_packages,optional"`
+	Embedded      string    `hcl:"embedded,optional"`
 	SHA256        string    `hcl:"sha256,optional"`
 	Executable    string    `hcl:"executable,optional"`
 	Entrypoint    []string  `hcl:"entrypoint,optional"`
@@ -64,7 +65,10 @@ const (
 )
 
 // artifactSources are the attributes of which an artifact has exactly one.
-var artifactSources = []string{"go_package", "docker_archive", "oci_layout", "path", "url", "tool", "deb_packages"}
+var artifactSources = []string{"go_package", "docker_archive", "oci_layout", "path", "url", "tool", "deb_packages", "embedded"}
+
+// embeddedPrograms are the executables that site carries for images.
+var embeddedPrograms = []string{ObjectStorageComponent}
 
 // component reads one active component; nil where it cannot be read.
 func (l *loader) component(use *useBlock) (*placedComponent, error) {
@@ -109,6 +113,9 @@ func (l *loader) component(use *useBlock) (*placedComponent, error) {
 	}
 	defaults, overrides := literals(decoded.Variables, p), literals(use.Variables, p)
 	c.Variables = mergeVariables(defaults, overrides)
+	if err := l.giveStore(&c, defaults, overrides); err != nil {
+		return nil, err
+	}
 	if facts != nil {
 		facts.checkVariables(c, use, p, defaults, overrides)
 		facts.checkArtifacts(c, p)
@@ -159,7 +166,7 @@ func (f *componentFile) artifacts(p *problems) []Artifact {
 
 func (b *artifactBlock) artifact(p *problems) Artifact {
 	a := Artifact{
-		Name: b.Name, Kind: Image, GoPackage: b.GoPackage, URL: b.URL, Tool: b.Tool, DebPackages: b.DebPackages,
+		Name: b.Name, Kind: Image, GoPackage: b.GoPackage, URL: b.URL, Tool: b.Tool, DebPackages: b.DebPackages, Embedded: b.Embedded,
 		Executable: b.Executable, Entrypoint: b.Entrypoint, StopSignal: b.StopSignal, User: b.User, Range: b.Range,
 	}
 	if len(b.Name) > 63 || !artifactPattern.MatchString(b.Name) {
@@ -252,8 +259,12 @@ func (b *artifactBlock) checkSource(source string, a *Artifact, p *problems) {
 		}
 	case "deb_packages":
 		b.checkDebPackages(p)
+	case "embedded":
+		if !slices.Contains(embeddedPrograms, b.Embedded) {
+			p.add(subject, "Unknown program", "%q is no program that site carries.%s", b.Embedded, didYouMean(b.Embedded, embeddedPrograms, "programs"))
+		}
 	}
-	if a.Kind == File && (!assembled || source == "deb_packages") {
+	if a.Kind == File && (!assembled || source == "deb_packages" || source == "embedded") {
 		p.add(at(b.Body, "kind"), "Wrong kind", "%s always is an image.", source)
 	}
 	if assembled && a.Kind == Image && a.User == "" {

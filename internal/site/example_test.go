@@ -19,7 +19,7 @@ func TestTheExampleLoads(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(s.Hosts) != 2 || len(s.Operators) != 2 || len(s.Components) != 4 || len(s.Components[0].Artifacts) != 7 {
+	if len(s.Hosts) != 2 || len(s.Operators) != 2 || len(s.Components) != 5 || len(s.Components[0].Artifacts) != 8 {
 		t.Errorf("got %+v", s)
 	}
 	if got := s.Components[0].Variables["settings"]; got != `{"log.level":"debug"}` {

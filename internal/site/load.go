@@ -97,6 +97,8 @@ type loader struct {
 	repository fs.FS
 	opts       LoadOptions
 	problems   *problems
+	// store is the site's, nil where it has none.
+	store *ObjectStore
 }
 
 func (l *loader) load(name string) (*Site, error) {
@@ -105,6 +107,8 @@ func (l *loader) load(name string) (*Site, error) {
 		return nil, err
 	}
 	s := block.site(name, l.problems, l.opts.WorkDir)
+	l.store = s.ObjectStore
+	l.checkObjectStore(block)
 	var placed []placedComponent
 	for _, use := range block.uniqueComponents(l.problems) {
 		found, err := l.component(use)
@@ -135,10 +139,11 @@ func (l *loader) read(file string) ([]byte, error) {
 	return content, err
 }
 
-// isPlatform reports whether the program itself brings the component; a
-// repository that overrides some of its files does not change that.
+// isPlatform reports whether the program itself brings the component, and it comes
+// before all that needs secrets; a repository that overrides some of its files does
+// not change that.
 func (l *loader) isPlatform(component string) bool {
-	if l.opts.Platform == nil {
+	if l.opts.Platform == nil || component == ObjectStorageComponent {
 		return false
 	}
 	_, err := fs.Stat(l.opts.Platform, path.Join(jobsFolder, component, componentName))

@@ -24,11 +24,39 @@ type Site struct {
 	Hosts        []Host
 	Operators    []Operator
 	Components   []Component
+	// ObjectStore is nil where artifacts travel by SSH alone.
+	ObjectStore *ObjectStore
 	// NomadSettings are extra agent settings by dotted key, for labs and odd clouds
 	// (such as fingerprint.denylist).
 	FingerprintDenylist []string
 	// PodmanDriver and Nomad pins can be overridden by tool name → catalogue entry name.
 	Range hcl.Range
+}
+
+// ObjectStore is the bucket from which hosts pull what they lack.
+type ObjectStore struct {
+	// Endpoint is the URL of the S3 API, without the bucket.
+	Endpoint string
+	// Region is what requests are signed for. Default "auto" with a provider, else "us-east-1".
+	Region string
+	Bucket string
+	// PathStyle has the bucket in the path instead of the host name. Default true.
+	PathStyle bool
+	// ServiceURL is the HTTPS address at which workstations reach the site's
+	// object-storage-service. Empty: through SSH.
+	ServiceURL string
+	// Cloudflare is nil where the keys are brought by hand.
+	Cloudflare *Cloudflare
+	Range      hcl.Range
+}
+
+// Cloudflare is the provider whose API makes the store's keys.
+type Cloudflare struct {
+	AccountID string
+	// Jurisdiction is empty, "eu" or "fedramp".
+	Jurisdiction string
+	// API is the URL of the provider's API. Default: the provider's own.
+	API string
 }
 
 // Host is a machine of the site.
@@ -97,6 +125,11 @@ type Component struct {
 	Range     hcl.Range
 }
 
+// BySSH reports whether the component's artifacts reach the hosts by SSH on every
+// path: those of the platform, and of what the object store itself needs, so that
+// a broken store can be repaired.
+func (c Component) BySSH() bool { return c.Platform || c.Name == ObjectStorageComponent }
+
 // ArtifactKind says in which dialect an artifact is served.
 type ArtifactKind string
 
@@ -118,6 +151,7 @@ type Artifact struct {
 	URL           string   // with SHA256
 	Tool          string   // name of a pinned tool; Executable below names the file in it
 	DebPackages   []string // image of .deb packages from the lock (Debian image)
+	Embedded      string   // name of an executable that site itself carries, for its own components
 
 	SHA256     string // required with URL, optional proof for path sources
 	Executable string
@@ -181,15 +215,21 @@ type External struct {
 	// KeepNewline keeps a newline at the end of a value. Default: it is cut off,
 	// and the import says so.
 	KeepNewline bool
+	// Optional values are asked for by nobody: no job reads them, and a deploy does
+	// not miss them. Only the provider's own tokens are.
+	Optional bool
 }
 
-// Producer makes a value. Exactly one of the two is set.
+// Producer makes a value. Exactly one of the three is set.
 type Producer struct {
 	// Component is one whose job writes the value by its own identity.
 	Component string
 	// Command prints the value; it runs where site does, in the commit's tree,
 	// when the value is missing.
 	Command []string
+	// Provider is whose API makes the value, when `site provider` asks it to: that
+	// of the object store. No file says this; it follows from site.hcl.
+	Provider string
 }
 
 // SecretRead is one place that reads a secret.
@@ -281,6 +321,29 @@ const (
 	OpenBaoComponent = "openbao"
 	// PostgresComponent holds the site's databases.
 	PostgresComponent = "postgresql"
+	// ObjectStorageComponent hands out uploads into the object store. It is no part
+	// of the platform step, for it reads secrets; its artifact travels by SSH always.
+	ObjectStorageComponent = "object-storage-service"
+)
+
+// ObjectStoragePort is where the object-storage-service listens, on loopback of
+// the first server.
+const ObjectStoragePort = 7390
+
+// CloudflareProvider is Producer.Provider of keys that Cloudflare's API makes.
+const CloudflareProvider = "cloudflare"
+
+// The secrets of the object store, of ObjectStorageComponent. The admin pair is the
+// service's; the proxy pair can only read, and is all that hosts get.
+const (
+	StoreAdminID     = "r2.admin_access_key_id"
+	StoreAdminSecret = "r2.admin_secret_access_key"
+	StoreProxyID     = "r2.proxy_access_key_id"
+	StoreProxySecret = "r2.proxy_secret_access_key"
+	// ProviderTokenA and ProviderTokenB are the two API tokens that make the above,
+	// each of which rotates the other. No job reads them.
+	ProviderTokenA = "provider.admin_token_a"
+	ProviderTokenB = "provider.admin_token_b"
 )
 
 // SecretMount is the mount of the KV version 2 engine that holds the catalogue.

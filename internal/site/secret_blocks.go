@@ -52,15 +52,22 @@ const (
 	defaultSecretEncoding = "base64url"
 	newlineTrim           = "trim"
 	newlineKeep           = "keep"
+	longestSecretName     = 63
 )
 
 var (
-	secretPattern   = regexp.MustCompile(`^[a-z][a-z0-9_]{0,62}$`)
+	secretPattern   = regexp.MustCompile(`^[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)?$`)
 	secretEncodings = []string{defaultSecretEncoding, "base64", "hex"}
 	secretSources   = []string{"generated", "external", "produced_by"}
 )
 
-// fullSecretName is how a component may name a secret: its own without a prefix.
+// isSecretName accepts words that a dot may group: "password", "r2.admin_key".
+func isSecretName(name string) bool {
+	return len(name) <= longestSecretName && secretPattern.MatchString(name)
+}
+
+// fullSecretName is how a component may name a secret: its own without a prefix. One
+// with a dot is always named in full, or it would be that of another component.
 func fullSecretName(component, name string) string {
 	if strings.Contains(name, ".") {
 		return name
@@ -88,8 +95,8 @@ func (l *loader) secrets(c Component, blocks []*secretBlock) []Secret {
 func (l *loader) secret(c Component, b *secretBlock) Secret {
 	p := l.problems
 	secret := Secret{Component: c.Name, Name: b.Name, Description: b.Description, Range: b.Range}
-	if !secretPattern.MatchString(b.Name) {
-		p.add(b.NameAtRange, "Invalid secret name", "%q must be 1 to 63 lower-case letters, digits and underscores, with a letter first.", b.Name)
+	if !isSecretName(b.Name) {
+		p.add(b.NameAtRange, "Invalid secret name", "%q must be 1 to 63 lower-case letters, digits and underscores, with a letter first; one dot may stand between two such words.", b.Name)
 	}
 	if b.Generated != nil {
 		secret.Generated = b.Generated.generated(p)
@@ -151,11 +158,11 @@ func (l *loader) producer(c Component, secret *secretBlock) *Producer {
 	byComponent, byCommand := isSet(b.Body, "component"), isSet(b.Body, "command")
 	switch {
 	case byComponent == byCommand:
-		p.add(b.Range, "Secret needs one producer", "Secret %q must be produced by either a component or a command.", fullSecretName(c.Name, secret.Name))
+		p.add(b.Range, "Secret needs one producer", "Secret %q must be produced by either a component or a command.", c.Name+"."+secret.Name)
 	case byCommand:
 		l.checkCommand(c, b.Body, "command", b.Command)
 	case b.Component == c.Name:
-		p.add(at(b.Body, "component"), "Secret produced by its own component", "Component %q cannot wait for itself to produce %q; name another component, or a command.", c.Name, fullSecretName(c.Name, secret.Name))
+		p.add(at(b.Body, "component"), "Secret produced by its own component", "Component %q cannot wait for itself to produce %q; name another component, or a command.", c.Name, c.Name+"."+secret.Name)
 	}
 	return &Producer{Component: b.Component, Command: b.Command}
 }

@@ -21,19 +21,20 @@ type siteFile struct {
 }
 
 type siteBlock struct {
-	Name        string           `hcl:"name,label"`
-	Deadline    string           `hcl:"deadline,optional"`
-	Keep        int              `hcl:"keep_releases,optional"`
-	Datacenter  string           `hcl:"datacenter,optional"`
-	Region      string           `hcl:"region,optional"`
-	SSH         *sshBlock        `hcl:"ssh,block"`
-	Hosts       []*hostBlock     `hcl:"host,block"`
-	Operators   []*operatorBlock `hcl:"operator,block"`
-	Components  []*useBlock      `hcl:"component,block"`
-	Nomad       *nomadBlock      `hcl:"nomad,block"`
-	Body        hcl.Body         `hcl:",body"`
-	Range       hcl.Range        `hcl:",def_range"`
-	NameAtRange hcl.Range        `hcl:"name,label_range"`
+	Name        string            `hcl:"name,label"`
+	Deadline    string            `hcl:"deadline,optional"`
+	Keep        int               `hcl:"keep_releases,optional"`
+	Datacenter  string            `hcl:"datacenter,optional"`
+	Region      string            `hcl:"region,optional"`
+	SSH         *sshBlock         `hcl:"ssh,block"`
+	Hosts       []*hostBlock      `hcl:"host,block"`
+	Operators   []*operatorBlock  `hcl:"operator,block"`
+	Components  []*useBlock       `hcl:"component,block"`
+	Nomad       *nomadBlock       `hcl:"nomad,block"`
+	Store       *objectStoreBlock `hcl:"object_store,block"`
+	Body        hcl.Body          `hcl:",body"`
+	Range       hcl.Range         `hcl:",def_range"`
+	NameAtRange hcl.Range         `hcl:"name,label_range"`
 }
 
 type sshBlock struct {
@@ -162,6 +163,7 @@ func (b *siteBlock) site(folder string, p *problems, workDir string) *Site {
 	}
 	s.Hosts = b.hosts(p)
 	s.Operators = b.operators(p, workDir)
+	s.ObjectStore = b.objectStore(p)
 	return s
 }
 

@@ -27,7 +27,7 @@ variables = {
 # declare the same one, then in the same words.
 #
 # Each has exactly one source: go_package, docker_archive, oci_layout, path, url,
-# tool or deb_packages. All paths are relative to the repository's root.
+# tool, deb_packages or embedded. All paths are relative to the repository's root.
 artifact "server" {
   # "image" or "file". Default "image".
   kind = "image"
@@ -90,6 +90,12 @@ artifact "database" {
   deb_packages = ["postgresql-15"]
 }
 
+# An executable that site itself carries, alone in an image: for a repository that
+# has its own jobs/object-storage-service. That is the only one there is.
+artifact "uploads" {
+  embedded = "object-storage-service"
+}
+
 # A folder of the host for bind mounts. It is there before the job starts and
 # after every reboot, below /run too. The label is its absolute path.
 directory "/srv/example" {
@@ -103,14 +109,14 @@ directory "/srv/example" {
 
 # Secrets of other components ("COMPONENT.NAME") that the job reads, and own ones
 # that it asks OpenBao for itself. Own ones that its templates read are found in
-# the jobspec. The job can read these and no others. What it asks for itself is
+# the jobspec; own ones with a dot in their name are named in full, too. The job can read these and no others. What it asks for itself is
 # the newest generation, as soon as it is written. Default: none.
 reads = ["example.signing_key"]
 
 # A secret is a name, and where its value comes from; values are never in git.
 # The site needs the component "openbao". The name is 1 to 63 lower-case letters,
-# digits and underscores; everyone else calls it "example.database_password". A
-# template reads it as
+# digits and underscores, and one dot may stand between two such words; everyone
+# else calls it "example.database_password". A template reads it as
 #   {{ with secret "site/data/example/database_password" }}{{ .Data.data.value }}{{ end }}
 # in a task with a vault block. Each deploy and each rotation chooses the
 # generation that this reads: a new one is a change of the job, with canary and

@@ -100,6 +100,44 @@ site "example" {
 
   component "postgresql" {}
 
+  # The service that uploads into the object store below: a site has both or neither.
+  component "object-storage-service" {}
+
+  # Optional: a bucket into which each deploy uploads what is new, once, and from
+  # which hosts pull what they lack. Default: artifacts travel by SSH to each host.
+  object_store {
+    # Required, and of this site alone.
+    bucket = "gamma-artifacts"
+
+    # The address of an S3 API, without the bucket; https, but for an IP address of
+    # one's own network. Required without cloudflare, where the default is the
+    # account's own.
+    endpoint = "https://0123456789abcdef0123456789abcdef.eu.r2.cloudflarestorage.com"
+
+    # What requests are signed for. Default "auto" with cloudflare, else "us-east-1".
+    region = "auto"
+
+    # The bucket stands in the path, and not in front of the host name. Default true.
+    path_style = true
+
+    # An https address at which workstations reach the site's object-storage-service.
+    # Default: through SSH.
+    service_url = "https://uploads.example.net"
+
+    # Cloudflare makes the store's keys; see `site provider`. Left out, any S3 will do,
+    # and its keys are imported as the four secrets object-storage-service.r2.*.
+    cloudflare {
+      # Required: the id that the dashboard shows beside the account.
+      account_id = "0123456789abcdef0123456789abcdef"
+
+      # "eu" or "fedramp", as the bucket was made with. Default: none.
+      jurisdiction = "eu"
+
+      # The provider's API. Default: its own, https://api.cloudflare.com/client/v4.
+      api = "https://api.cloudflare.com/client/v4"
+    }
+  }
+
   # Optional settings of the Nomad agents.
   nomad {
     # Fingerprinters that must not run, such as those that wait for a cloud's

@@ -120,7 +120,7 @@ func (f *fixture) prepare(b *testing.B, one rival, p picture) error {
 	if err := f.draw(b, p); err != nil {
 		return err
 	}
-	if one.name == saveLoad.name { // it would have been built there
+	if one.stored { // it would have been built there
 		if _, err := f.do(f.podman("load", "-q", "-i", f.path("app.tar"))...); err != nil {
 			return err
 		}

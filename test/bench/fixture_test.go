@@ -29,6 +29,9 @@ const (
 )
 
 func TestMain(m *testing.M) {
+	if os.Getenv(childVariable) != "" {
+		os.Exit(runChild())
+	}
 	code := m.Run()
 	if shared.made != nil {
 		if err := shared.made.close(); err != nil {
@@ -304,6 +307,26 @@ func (f *fixture) commitJob(change string) error {
 	}
 	_, err := f.do("git", "-c", "user.name=bench", "-c", "user.email=bench@localhost", "commit", "--quiet", "--message", change)
 	return err
+}
+
+// activate lists components in site.hcl that it does not list yet, and adds a block.
+func (f *fixture) activate(block string, components ...string) error {
+	const first = "component \"" + component + "\" {}"
+	path := f.path("sites", labName, "site.hcl")
+	described, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	text := string(described)
+	if !strings.Contains(text, first) {
+		return fmt.Errorf("%s has no line %s", path, first)
+	}
+	for _, name := range components {
+		if listed := fmt.Sprintf("component %q {}", name); !strings.Contains(text, listed) {
+			block += listed + "\n\n"
+		}
+	}
+	return os.WriteFile(path, []byte(strings.Replace(text, first, block+first, 1)), 0o644)
 }
 
 func (f *fixture) path(elements ...string) string {

@@ -65,11 +65,17 @@ func (f *fixture) do(command ...string) (run, error) {
 	child := exec.CommandContext(ctx, command[0], command[1:]...)
 	child.Dir = f.folder
 	child.Env = append(os.Environ(), "SITE_CACHE="+f.cache)
+	return measured(child)
+}
+
+// measured runs a command; its output comes back, or is in the error.
+func measured(child *exec.Cmd) (run, error) {
+	command := strings.Join(child.Args, " ")
 	var stdout, stderr bytes.Buffer
 	child.Stdout, child.Stderr = &stdout, &stderr
 	start := time.Now()
 	if err := child.Start(); err != nil {
-		return run{}, fmt.Errorf("%s: %w", strings.Join(command, " "), err)
+		return run{}, fmt.Errorf("%s: %w", command, err)
 	}
 	ended := make(chan struct{})
 	highest := make(chan int64, 1)
@@ -78,7 +84,7 @@ func (f *fixture) do(command ...string) (run, error) {
 	close(ended)
 	done := run{seconds: time.Since(start).Seconds(), output: stdout.String(), said: stderr.String(), peak: <-highest}
 	if err != nil {
-		return done, fmt.Errorf("%s: %w: %s%s", strings.Join(command, " "), err, lastLines(stdout.String()), lastLines(stderr.String()))
+		return done, fmt.Errorf("%s: %w: %s%s", command, err, lastLines(stdout.String()), lastLines(stderr.String()))
 	}
 	return done, nil
 }

@@ -25,6 +25,8 @@ type rival struct {
 	transfer func(f *fixture) error
 	// load makes an image of it, where transfer did not.
 	load string
+	// stored says that the transfer starts from this machine's podman.
+	stored bool
 }
 
 var (
@@ -36,7 +38,7 @@ var (
 		_, err := f.do("scp", "-q", "-F", f.lab.SSHConfig(), f.path("app.tar"), host+":"+remoteFolder+"/scp.tar")
 		return err
 	}}
-	saveLoad = rival{name: "podman save \\| ssh podman load", load: "true", transfer: func(f *fixture) error {
+	saveLoad = rival{name: "podman save \\| ssh podman load", load: "true", stored: true, transfer: func(f *fixture) error {
 		_, err := f.do("sh", "-c", strings.Join(f.podman("save", imageTag), " ")+" | ssh -F "+f.lab.SSHConfig()+" "+host+" podman load -q")
 		return err
 	}}

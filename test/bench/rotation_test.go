@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/nomad-site/site/internal/plan"
+	"github.com/nomad-site/site/internal/site"
 )
 
 const (
@@ -116,17 +117,9 @@ func (f *fixture) addKeepers() error {
 	if err != nil {
 		return err
 	}
-	siteFile := filepath.Join("sites", labName, "site.hcl")
-	described, err := os.ReadFile(f.path(siteFile))
-	if err != nil {
-		return err
-	}
-	const first = "component \"" + component + "\" {}"
 	files := map[string][]byte{
 		"go.mod":                           []byte("module example.net/adopter\n\ngo 1.26\n"),
 		filepath.Join("keeper", "main.go"): program,
-		siteFile: []byte(strings.Replace(string(described), first,
-			fmt.Sprintf("component \"openbao\" {}\n\n  %s\n\n  component %q {}\n\n  component %q {}", first, keeper, keeperByHand), 1)),
 	}
 	for _, name := range []string{keeper, keeperByHand} {
 		declared := "artifact \"keeper\" {\n  go_package = \"./keeper\"\n}\n"
@@ -143,6 +136,9 @@ func (f *fixture) addKeepers() error {
 		if err := os.WriteFile(f.path(path), content, 0o644); err != nil {
 			return err
 		}
+	}
+	if err := f.activate("", site.OpenBaoComponent, keeper, keeperByHand); err != nil {
+		return err
 	}
 	if _, err := f.do("git", "add", "go.mod", "keeper"); err != nil {
 		return err

@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/nomad-site/site/internal/lab"
+	"github.com/nomad-site/site/internal/testneeds"
 )
 
 // name is that of the lab, of the site and, with a number, of its hosts.
@@ -93,7 +94,7 @@ func (s *sharedLab) ensure(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.lab = it
-	if err := it.Up(ctx, lab.Options{Hosts: 1, Progress: func(line string) { t.Log("lab: " + line) }}); err != nil {
+	if err := it.Up(ctx, lab.Options{Hosts: 1, Versitygw: testneeds.Tool(t, "versitygw"), Progress: func(line string) { t.Log("lab: " + line) }}); err != nil {
 		t.Fatal(err)
 	}
 	t.Logf("the lab was up after %s", time.Since(start).Round(time.Millisecond))

@@ -253,6 +253,15 @@ func TestAPlantedValueIsInNothingThatSiteSaysOrKeeps(t *testing.T) {
 	bad("tunnel", "laeky", "--get=/")
 	bad("env", "--", "nomad", "job", "inspect", "laeky")
 	bad("plan", "--site=none")
+	good("artifacts", "gc", "--dry-run")
+	for _, args := range [][]string{ // this site has no store
+		{"artifacts", "ls"}, {"artifacts", "push"}, {"provider", "status"}, {"provider", "doctor"},
+		{"artifacts", "export", "hello@sha256:" + strings.Repeat("0", 64), filepath.Join(t.TempDir(), "blob")},
+		{"provider", "import-admin-pair", "--token-a-file=" + external, "--token-b-file=" + refused},
+		{"provider", "rotate-admin-pair"}, {"provider", "rotate-object-storage"},
+	} {
+		bad(args...)
+	}
 
 	took("what goes well")
 	t.Run("a check that says what it was given", func(t *testing.T) {

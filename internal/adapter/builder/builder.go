@@ -53,6 +53,8 @@ type Request struct {
 	Tool func(ctx context.Context, name string) (string, error)
 	// Debs returns the files of a locked closure, in the order of unpacking.
 	Debs func(ctx context.Context, packages []string) ([]string, error)
+	// Embedded returns an executable that site carries, for a platform such as "linux/amd64".
+	Embedded func(name, platform string) ([]byte, error)
 	// HTTP downloads url sources; nil for http.DefaultClient.
 	HTTP *http.Client
 	// MaxDownload limits the size of a url source; 0 for 4 GiB.
@@ -128,7 +130,7 @@ func build(ctx context.Context, request Request) (Built, error) {
 	}
 	sources := 0
 	for _, set := range []bool{artifact.GoPackage != "", artifact.DockerArchive != "", artifact.OCILayout != "",
-		artifact.Path != "", artifact.URL != "", artifact.Tool != "", len(artifact.DebPackages) > 0} {
+		artifact.Path != "", artifact.URL != "", artifact.Tool != "", len(artifact.DebPackages) > 0, artifact.Embedded != ""} {
 		if set {
 			sources++
 		}
@@ -150,6 +152,8 @@ func build(ctx context.Context, request Request) (Built, error) {
 		built, err = b.download(ctx)
 	case artifact.Tool != "":
 		built, err = b.tool(ctx)
+	case artifact.Embedded != "":
+		built, err = b.embedded(ctx)
 	default:
 		built, err = b.debs(ctx)
 	}

@@ -5,8 +5,10 @@ import (
 	"bytes"
 	"debug/elf"
 	"encoding/binary"
+	"errors"
 	"net/http"
 	"net/http/httptest"
+	"strings"
 	"testing"
 
 	"github.com/nomad-site/site/internal/site"
@@ -33,6 +35,59 @@ func elfFile(t *testing.T, machine elf.Machine, parts ...elf.ProgType) string {
 		}
 	}
 	return out.String()
+}
+
+func TestAnExecutableOfSiteIsPutAloneIntoAnImage(t *testing.T) {
+	asked := ""
+	one := request(t, site.Artifact{Name: "uploads", Kind: site.Image, Embedded: "service"})
+	content := elfFile(t, elf.EM_X86_64, elf.PT_LOAD)
+	one.Embedded = func(name, platform string) ([]byte, error) {
+		asked = name + " for " + platform
+		return []byte(content), nil
+	}
+	first := mustBuild(t, one)
+	if asked != "service for linux/amd64" || first.FromWorkTree || first.Source != "executable service of site (linux/amd64)" {
+		t.Errorf("asked for %s, built %+v", asked, first)
+	}
+	_, config := image(t, first)
+	if len(config.Config.Entrypoint) != 1 || config.Config.Entrypoint[0] != "/app/uploads" || config.Config.User != DefaultUser {
+		t.Errorf("config %+v", config.Config)
+	}
+	elsewhere := one
+	elsewhere.CacheDir = t.TempDir()
+	if again := mustBuild(t, elsewhere); again.Digest != first.Digest {
+		t.Error("the same executable makes another image")
+	}
+	content += "newer"
+	if newer := mustBuild(t, one); newer.Digest == first.Digest {
+		t.Error("a newer executable is not in the image")
+	}
+}
+
+func TestAnExecutableThatSiteDoesNotCarryIsAnError(t *testing.T) {
+	one := request(t, site.Artifact{Kind: site.Image, Embedded: "service"})
+	for name, test := range map[string]struct {
+		change func(*Request)
+		says   string
+	}{
+		"nobody to ask": {func(*Request) {}, `no executables are at hand for "service"`},
+		"none of that platform": {func(r *Request) {
+			r.Embedded = func(string, string) ([]byte, error) { return nil, errors.New("carries none") }
+		}, "carries none"},
+		"as a file": {func(r *Request) {
+			r.Embedded, r.Artifact.Kind = func(string, string) ([]byte, error) { return []byte("x"), nil }, site.File
+		}, "always is an image"},
+		"beside another source": {func(r *Request) { r.Artifact.Path = "x" }, "2 sources are set"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			faulty := one
+			test.change(&faulty)
+			if _, err := Build(t.Context(), faulty); err == nil || !strings.Contains(err.Error(), test.says) {
+				t.Errorf("got %v", err)
+			}
+			noLeftovers(t, faulty.CacheDir)
+		})
+	}
 }
 
 func TestAReleasedExecutableIsPutAloneIntoAnImage(t *testing.T) {

@@ -39,6 +39,7 @@ const (
 	AgentCertPath    = "/etc/nomad.d/tls/agent.crt"
 	AgentKeyPath     = "/etc/nomad.d/tls/agent.key"
 	nomadConfigPath  = "/etc/nomad.d/nomad.hcl"
+	siteHostUnitPath = "/etc/systemd/system/" + SiteHostUnit
 )
 
 // Input is all that a host's document is made of.
@@ -80,16 +81,20 @@ func (e *NeedsCredentialsError) Hint() string {
 // Render makes the document of one host. It is pure: the same input gives the
 // same document. The content of secret files is in the result; see Public.
 func Render(in Input) (Document, error) {
+	document := Document{Version: DocumentVersion, Packages: slices.Clone(in.Packages)}
+	sort.Slice(document.Packages, func(i, j int) bool { return document.Packages[i].Name < document.Packages[j].Name })
 	values := map[string]any{
 		"Host": in.Host.Name, "Region": in.Site.Region, "Datacenter": in.Site.Datacenter,
 		"Address": in.Address, "AddressPattern": addressPattern(in.Address), "ServerAddresses": in.ServerAddresses, "Servers": len(in.ServerAddresses),
 		"Server": in.Host.Server, "Client": in.Host.Client,
 		"FingerprintDenylist": strings.Join(in.Site.FingerprintDenylist, ","),
 		"OpenBao":             in.Site.Component(site.OpenBaoComponent) != nil,
+		"StorePath":           StorePath,
 	}
-	document := Document{Version: DocumentVersion, Packages: slices.Clone(in.Packages)}
-	sort.Slice(document.Packages, func(i, j int) bool { return document.Packages[i].Name < document.Packages[j].Name })
-
+	siteHost, err := in.addObjectStore(&document, values)
+	if err != nil {
+		return Document{}, err
+	}
 	directories := []Directory{
 		{Path: "/etc/site", Owner: "root", Group: "root", Mode: "0700"},
 		{Path: "/etc/nomad.d", Owner: "root", Group: "root", Mode: "0700"},
@@ -118,7 +123,7 @@ func Render(in Input) (Document, error) {
 	for _, file := range []struct{ path, template, mode string }{
 		{"/etc/containers/registries.conf.d/10-site.conf", "agent/registries.conf", "0644"},
 		{nomadConfigPath, "agent/nomad.hcl.tmpl", "0600"},
-		{"/etc/systemd/system/site-host.service", "units/site-host.service", "0644"},
+		{siteHostUnitPath, "units/site-host.service.tmpl", "0644"},
 		{"/etc/systemd/system/nomad.service", "units/nomad.service", "0644"},
 	} {
 		content, err := render(in.Templates, file.template, values)
@@ -149,7 +154,7 @@ func Render(in Input) (Document, error) {
 	}
 	document.Units = []Unit{
 		{Name: "podman.socket"},
-		{Name: "site-host.service", RestartOn: []string{SiteHostPath, "/etc/systemd/system/site-host.service"}},
+		siteHost,
 	}
 	if relay != nil {
 		document.Units = append(document.Units, Unit{Name: relayUnit, RestartOn: []string{SiteHostPath, relayUnitPath}})

@@ -51,16 +51,21 @@ type DiffOptions struct {
 	// Waiting gives the components that cannot start without a secret, by its
 	// full name (see Readers). Default: the component that owns it.
 	Waiting map[string][]string
+	// Site is named in the commands of errors; empty: they name none.
+	Site string
 }
 
 // Findings are what a deploy cannot mend by itself.
 type Findings struct {
-	// Missing are external secrets without a value.
+	// Missing are secrets without a value that a person has to see to: external ones,
+	// and those that a provider makes.
 	Missing []MissingSecret
 	// Lost are generated ones whose value is gone while jobs run on it.
 	Lost []LostSecret
 	// Awaited are those without a value that a component's job produces.
 	Awaited []AwaitedSecret
+
+	site string
 }
 
 // MissingError gives one *MissingError for all missing secrets, or nil.
@@ -68,7 +73,7 @@ func (f Findings) MissingError() error {
 	if len(f.Missing) == 0 {
 		return nil
 	}
-	return &MissingError{Missing: f.Missing}
+	return &MissingError{Missing: f.Missing, Site: f.site}
 }
 
 // LostError gives one *LostError for all lost secrets, or nil.
@@ -79,10 +84,13 @@ func (f Findings) LostError() error {
 	return &LostError{Lost: f.Lost}
 }
 
-// MissingSecret is an external secret without a value.
+// MissingSecret is a secret without a value that comes from outside.
 type MissingSecret struct {
 	Name        string
 	Description string
+	// Provider is whose API makes the value, when a person asks for it; empty for
+	// what is imported.
+	Provider string
 	// Components wait for it, sorted.
 	Components []string
 }
@@ -105,7 +113,7 @@ type AwaitedSecret struct {
 // Diff compares the catalogue with what the engine has.
 func Diff(entries []site.Secret, have map[string]EntryState, options DiffOptions) ([]plan.Change, Findings) {
 	var changes []plan.Change
-	var findings Findings
+	findings := Findings{site: options.Site}
 	for _, entry := range sortedEntries(entries) {
 		name := entry.FullName()
 		state := have[name]
@@ -127,10 +135,16 @@ func Diff(entries []site.Secret, have map[string]EntryState, options DiffOptions
 			default:
 				change.Reason = "generated, made once"
 			}
+		case entry.External != nil && entry.External.Optional:
+			continue
 		case entry.External != nil:
-			components := options.waitingFor(entry)
-			findings.Missing = append(findings.Missing, MissingSecret{Name: name, Description: entry.Description, Components: components})
-			change.Action, change.Reason = Import, "missing, needed by "+strings.Join(components, ", ")
+			missing := options.missing(entry)
+			findings.Missing = append(findings.Missing, missing)
+			change.Action, change.Reason = Import, "missing, needed by "+strings.Join(missing.Components, ", ")
+		case entry.ProducedBy != nil && entry.ProducedBy.Provider != "":
+			missing := options.missing(entry)
+			findings.Missing = append(findings.Missing, missing)
+			change.Action, change.Reason = Import, "missing, made by "+missing.Provider+", needed by "+strings.Join(missing.Components, ", ")
 		case entry.ProducedBy != nil && len(entry.ProducedBy.Command) > 0:
 			change.Reason = "missing, printed by " + entry.ProducedBy.Command[0]
 		case entry.ProducedBy != nil:
@@ -181,6 +195,14 @@ func (o DiffOptions) jobsOn(name string) []string {
 		return nil
 	}
 	return sortedUnique(o.InUse(name))
+}
+
+func (o DiffOptions) missing(entry site.Secret) MissingSecret {
+	missing := MissingSecret{Name: entry.FullName(), Description: entry.Description, Components: o.waitingFor(entry)}
+	if entry.ProducedBy != nil {
+		missing.Provider = entry.ProducedBy.Provider
+	}
+	return missing
 }
 
 func (o DiffOptions) waitingFor(entry site.Secret) []string {

@@ -15,6 +15,8 @@ var (
 	generated  = site.Secret{Component: "shop", Name: "password", Generated: &site.Generated{}}
 	external   = site.Secret{Component: "shop", Name: "stripe_key", Description: "payments", External: &site.External{}}
 	printed    = site.Secret{Component: "shop", Name: "certificate", ProducedBy: &site.Producer{Command: []string{"./scripts/mint", "x"}}}
+	byProvider = site.Secret{Component: "store", Name: "r2.key", Description: "of the bucket", ProducedBy: &site.Producer{Provider: "cloudflare"}}
+	optional   = site.Secret{Component: "store", Name: "provider.token", External: &site.External{Optional: true}}
 	byNeighbor = site.Secret{Component: "shop", Name: "token", ProducedBy: &site.Producer{Component: "broker"}}
 )
 
@@ -55,6 +57,10 @@ func TestDiff(t *testing.T) {
 		"what a job produced is there":              {entry: byNeighbor, state: there},
 		"what comes from outside is asked for":      {entry: external, change: "import secret shop.stripe_key (missing, needed by shop)", version: "version 0"},
 		"and asked for again when it was deleted":   {entry: external, state: deleted, change: "import secret shop.stripe_key (missing, needed by shop)", version: "version 3"},
+		"what a provider makes is asked for":        {entry: byProvider, change: "import secret store.r2.key (missing, made by cloudflare, needed by store)", version: "version 0"},
+		"what a provider made is there":             {entry: byProvider, state: there},
+		"what nobody needs is not asked for":        {entry: optional},
+		"nor when it was deleted":                   {entry: optional, state: deleted},
 		"an entry without a source is none of ours": {entry: site.Secret{Component: "shop", Name: "odd"}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -102,6 +108,43 @@ func TestMissingSecretsAreOneSortedError(t *testing.T) {
 	}
 	if _, none := secret.Diff([]site.Secret{generated}, nil, secret.DiffOptions{}); none.MissingError() != nil || none.LostError() != nil {
 		t.Errorf("findings without anything found: %+v", none)
+	}
+}
+
+func TestMissingKeysOfAProviderNameItsCommands(t *testing.T) {
+	other := byProvider
+	other.Name = "r2.id"
+	for name, test := range map[string]struct {
+		entries    []site.Secret
+		site       string
+		want, hint string
+	}{
+		"alone": {
+			[]site.Secret{byProvider, optional}, "gamma",
+			"1 secret from outside is missing:\n  store.r2.key (of the bucket), needed by store: site provider rotate-object-storage --site=gamma",
+			"have the object store's keys made: site provider import-admin-pair --site=gamma --token-a-file=A --token-b-file=B, once; then: site provider rotate-object-storage --site=gamma\nthen deploy again",
+		},
+		"beside what is imported": {
+			[]site.Secret{external, byProvider, other}, "",
+			`3 secrets from outside are missing:
+  shop.stripe_key (payments), needed by shop: site secrets import shop.stripe_key --from-file=FILE
+  store.r2.id (of the bucket), needed by store: site provider rotate-object-storage
+  store.r2.key (of the bucket), needed by store: site provider rotate-object-storage`,
+			`import what is imported as its line says
+have the object store's keys made: site provider import-admin-pair --token-a-file=A --token-b-file=B, once; then: site provider rotate-object-storage
+then deploy again`,
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, findings := secret.Diff(test.entries, nil, secret.DiffOptions{Site: test.site})
+			err := findings.MissingError()
+			if err == nil || err.Error() != test.want {
+				t.Errorf("got:\n%v", err)
+			}
+			if hint := plan.HintOf(err); hint != test.hint {
+				t.Errorf("hint:\n%s", hint)
+			}
+		})
 	}
 }
 

@@ -28,12 +28,16 @@ const (
 	// OperatorRole, RotatorRole and HostRole are the roles of their mounts.
 	OperatorRole = "operator"
 	RotatorRole  = "rotator"
+	// UploaderRole is by which an operator shows the object-storage-service who it
+	// is: with a token that can do nothing else.
+	UploaderRole = "uploader"
 	HostRole     = "host"
 
 	// The policies, and the prefix of the jobs'.
 	OperatorPolicy  = "site-operator"
 	HostPolicy      = "site-host"
 	RotatorPolicy   = "site-rotator"
+	UploaderPolicy  = "site-uploader"
 	JobPolicyPrefix = "job-"
 
 	// Audience is what tokens of operators and hosts are for; the issuers are
@@ -148,8 +152,11 @@ func DesiredEngine(s *site.Site, operators []Operator, hostKeysPEM []string) Eng
 		Policies: map[string]string{OperatorPolicy: operatorPolicy()},
 	}
 	engine.addOperators(operators)
+	if s.ObjectStore != nil {
+		engine.addUploaders(operators)
+	}
 	if len(hostKeysPEM) > 0 { // the engine takes no auth method without a key
-		engine.Policies[HostPolicy] = hostPolicy()
+		engine.Policies[HostPolicy] = hostPolicy(s)
 		engine.addAuth(HostsMount, "hosts of the site, by their own key", jwtConfig(Settings{
 			"jwt_validation_pubkeys": tidyPEM(hostKeysPEM), "bound_issuer": HostIssuer, "default_role": HostRole,
 			"jwt_supported_algs": []string{"EdDSA"},
@@ -207,7 +214,11 @@ func (e *Engine) addLogin(rights, policy, description string, operators []Operat
 		"jwt_validation_pubkeys": tidyPEM(keys), "bound_issuer": OperatorIssuer, "default_role": role,
 		"jwt_supported_algs": []string{"EdDSA", "RS256", "ES256", "ES384", "ES512"},
 	}))
-	e.addRole(mount, role, Settings{
+	e.addRole(mount, role, operatorRole(names, policy))
+}
+
+func operatorRole(names []string, policy string) Settings {
+	return Settings{
 		"bound_audiences": []string{Audience},
 		// A token may not speak for someone who was never declared.
 		"bound_claims":   map[string]any{OperatorClaim: sortedUnique(names)},
@@ -215,7 +226,20 @@ func (e *Engine) addLogin(rights, policy, description string, operators []Operat
 		"claim_mappings": map[string]any{OperatorClaim: OperatorClaim, PurposeClaim: PurposeClaim},
 		"token_policies": []string{policy},
 		"token_ttl":      operatorTTL, "token_max_ttl": operatorMaxTTL,
-	})
+	}
+}
+
+// addUploaders lets those who deploy show the object-storage-service who they are
+// without giving it a token that could do more.
+func (e *Engine) addUploaders(operators []Operator) {
+	var names []string
+	for _, operator := range operators {
+		if operator.Rights != site.RightsRotate {
+			names = append(names, operator.Name)
+		}
+	}
+	e.Policies[UploaderPolicy] = uploaderPolicy()
+	e.addRole(OperatorsMount, UploaderRole, operatorRole(names, UploaderPolicy))
 }
 
 func (e *Engine) addJobs(s *site.Site) {

@@ -3,6 +3,7 @@ package secret_test
 import (
 	"encoding/json"
 	"maps"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -65,6 +66,30 @@ func TestHostsLogInOnceTheirKeysAreKnown(t *testing.T) {
 	}
 	if len(desired().Auth) != 2 {
 		t.Error("a mount for hosts without any key would be refused by the engine")
+	}
+}
+
+func TestHostsReadTheKeysWithWhichTheyPullAndNothingElse(t *testing.T) {
+	s := shopSite()
+	const without = `# What hosts of the site may do; made by site, changes are undone.
+path "auth/token/lookup-self" { capabilities = ["read"] }
+`
+	if got := secret.DesiredEngine(s, nil, []string{key}).Policies["site-host"]; got != without {
+		t.Errorf("without an object store:\n%s", got)
+	}
+	before := secret.DesiredEngine(s, nil, []string{key}).Policies["site-operator"]
+	s.ObjectStore = &site.ObjectStore{}
+	const with = without + `path "site/data/object-storage-service/r2.proxy_access_key_id" { capabilities = ["read"] }
+path "site/data/object-storage-service/r2.proxy_secret_access_key" { capabilities = ["read"] }
+path "site/metadata/object-storage-service/r2.proxy_access_key_id" { capabilities = ["read"] }
+path "site/metadata/object-storage-service/r2.proxy_secret_access_key" { capabilities = ["read"] }
+`
+	engine := secret.DesiredEngine(s, nil, []string{key})
+	if got := engine.Policies["site-host"]; got != with {
+		t.Errorf("with one:\n%s", got)
+	}
+	if engine.Policies["site-operator"] != before {
+		t.Error("operators may do something else with an object store")
 	}
 }
 
@@ -197,5 +222,32 @@ func TestStraysAreOursAndForeignThingsAreNot(t *testing.T) {
 	}
 	if changes := secret.DiffEngine(desired(), state); len(changes) > 0 {
 		t.Errorf("changes %v", changes)
+	}
+}
+
+func TestOperatorsUploadWithATokenThatCanDoNothingElse(t *testing.T) {
+	operators := []secret.Operator{{Name: "alice", PublicKeyPEM: "a"}, {Name: "cron", PublicKeyPEM: "c", Rights: site.RightsRotate}}
+	uploader := func(engine secret.Engine) secret.Settings {
+		for _, role := range engine.Roles {
+			if role.Target() == secret.OperatorsMount+"/"+secret.UploaderRole {
+				return role.Settings
+			}
+		}
+		return nil
+	}
+	without := secret.DesiredEngine(&site.Site{Name: "gamma"}, operators, nil)
+	if _, there := without.Policies[secret.UploaderPolicy]; there || uploader(without) != nil {
+		t.Error("a site without an object store lets uploaders in")
+	}
+	engine := secret.DesiredEngine(&site.Site{Name: "gamma", ObjectStore: &site.ObjectStore{}}, operators, nil)
+	found := uploader(engine)
+	if policies := found["token_policies"]; !reflect.DeepEqual(policies, []string{secret.UploaderPolicy}) {
+		t.Errorf("uploaders have policies %v", policies)
+	}
+	if claims := found["bound_claims"]; !reflect.DeepEqual(claims, map[string]any{secret.OperatorClaim: []string{"alice"}}) {
+		t.Errorf("uploaders are %v", claims)
+	}
+	if policy := engine.Policies[secret.UploaderPolicy]; strings.Contains(policy, site.SecretMount+"/") || strings.Contains(policy, "sys/") {
+		t.Errorf("uploaders may do more than be somebody:\n%s", policy)
 	}
 }

@@ -7,9 +7,13 @@ import (
 	"time"
 )
 
-// MissingError names every external secret that has no value, so that all of
+// MissingError names every secret from outside that has no value, so that all of
 // them can be brought at once.
-type MissingError struct{ Missing []MissingSecret }
+type MissingError struct {
+	Missing []MissingSecret
+	// Site is named in the commands, unless it is empty.
+	Site string
+}
 
 func (e *MissingError) Error() string {
 	var text strings.Builder
@@ -23,17 +27,49 @@ func (e *MissingError) Error() string {
 		if one.Description != "" {
 			what = " (" + one.Description + ")"
 		}
-		fmt.Fprintf(&text, "\n  %s%s, needed by %s: %s", one.Name, what, strings.Join(one.Components, ", "), importCommand(one.Name))
+		fmt.Fprintf(&text, "\n  %s%s, needed by %s: %s", one.Name, what, strings.Join(one.Components, ", "), e.command(one))
 	}
 	return text.String()
 }
 
+func (e *MissingError) command(one MissingSecret) string {
+	if one.Provider != "" {
+		return rotateStoreCommand(e.Site)
+	}
+	return importCommand(one.Name)
+}
+
 // Hint implements plan.Hinter.
 func (e *MissingError) Hint() string {
-	if len(e.Missing) == 1 {
+	imported := slices.DeleteFunc(slices.Clone(e.Missing), func(one MissingSecret) bool { return one.Provider != "" })
+	var hints []string
+	switch {
+	case len(imported) == 1 && len(e.Missing) == 1:
 		return "import it as the line says, then deploy again"
+	case len(imported) == len(e.Missing):
+		return "import each as its line says, then deploy again"
+	case len(imported) > 0:
+		hints = append(hints, "import what is imported as its line says")
 	}
-	return "import each as its line says, then deploy again"
+	hints = append(hints,
+		"have the object store's keys made: "+importPairCommand(e.Site)+", once; then: "+rotateStoreCommand(e.Site),
+		"then deploy again")
+	return strings.Join(hints, "\n")
+}
+
+func importPairCommand(name string) string {
+	return "site provider import-admin-pair" + siteFlag(name) + " --token-a-file=A --token-b-file=B"
+}
+
+func rotateStoreCommand(name string) string {
+	return "site provider rotate-object-storage" + siteFlag(name)
+}
+
+func siteFlag(name string) string {
+	if name == "" {
+		return ""
+	}
+	return " --site=" + name
 }
 
 func importCommand(name string) string { return "site secrets import " + name + " --from-file=FILE" }

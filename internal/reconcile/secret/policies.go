@@ -35,6 +35,7 @@ func operatorPolicy() string {
 	all.allow("sys/policies/acl/"+JobPolicyPrefix+"*", "create", "read", "update", "delete")
 	all.allow("sys/policies/acl/"+OperatorPolicy, "create", "read", "update")
 	all.allow("sys/policies/acl/"+RotatorPolicy, "create", "read", "update", "delete")
+	all.allow("sys/policies/acl/"+UploaderPolicy, "create", "read", "update", "delete")
 	all.allow("sys/policies/acl/"+HostPolicy, "create", "read", "update")
 
 	// To change the unseal key, where that takes a token; who does it proves
@@ -65,15 +66,30 @@ func rotatorPolicy() string {
 	return all.text("What operators of the site that only rotate may do; made by site, changes are undone.")
 }
 
+// uploaderPolicy is to be somebody, and nothing else.
+func uploaderPolicy() string {
+	all := rules{}
+	all.allowOwnToken()
+	return all.text("What shows the object-storage-service who an operator is; made by site, changes are undone.")
+}
+
 func (r rules) allowOwnToken() {
 	r.allow("auth/token/lookup-self", "read")
 	r.allow("auth/token/renew-self", "create", "update")
 	r.allow("auth/token/revoke-self", "create", "update")
 }
 
-// hostPolicy is what a host's own key may do: nothing yet but to know itself.
-func hostPolicy() string {
+// hostPolicy is what a host's own key may do: know itself and, where the site has an
+// object store, read the keys with which it pulls, and which generation is active.
+func hostPolicy(s *site.Site) string {
 	all := rules{}
 	all.allow("auth/token/lookup-self", "read")
+	if s.ObjectStore != nil {
+		for _, name := range []string{site.StoreProxyID, site.StoreProxySecret} {
+			one := site.Secret{Component: site.ObjectStorageComponent, Name: name}
+			all.allow(dataPath(one), "read")
+			all.allow(metadataPath(one), "read")
+		}
+	}
 	return all.text("What hosts of the site may do; made by site, changes are undone.")
 }

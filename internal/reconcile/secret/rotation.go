@@ -234,6 +234,10 @@ func CannotRotate(s *site.Site, one site.Secret) error {
 		return plan.WithHint(fmt.Errorf("secret %s is produced by component %s, which alone makes its next value", name, one.ProducedBy.Component),
 			"let its job write a new value; its readers follow at the next deploy")
 	}
+	if one.External != nil && one.External.Optional {
+		return plan.WithHint(fmt.Errorf("secret %s is one of a pair of tokens, each of which makes the other's next one", name),
+			"rotate both: site provider rotate-admin-pair%s; or bring new ones: %s", siteFlag(s.Name), importPairCommand(s.Name))
+	}
 	if one.Generated == nil && one.External == nil && one.ProducedBy == nil {
 		return plan.WithHint(fmt.Errorf("secret %s has no source", name), "declare where its value comes from")
 	}

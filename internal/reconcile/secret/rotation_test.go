@@ -155,6 +155,8 @@ func TestWhatCannotBeRotatedSaysWhyAndWhatToDo(t *testing.T) {
 		"what a job produces":                   {byNeighbor, "secret shop.token is produced by component broker", "let its job write"},
 		"the password of an ordinary role":      {ordinary, `secret shop.ordinary is the password of role "one"`, "`alternating = true` in role \"one\""},
 		"an imported password of one":           {imported, `password of role "three"`, "alternating = true"},
+		"a key that the provider makes":         {byProvider, "", ""},
+		"a token of the provider's pair":        {optional, "one of a pair of tokens", "site provider rotate-admin-pair;"},
 		"a secret that comes from nowhere else": {site.Secret{Component: "shop", Name: "odd"}, "has no source", "declare"},
 	} {
 		err := secret.CannotRotate(s, test.entry)

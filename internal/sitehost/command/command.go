@@ -68,6 +68,7 @@ func Run(ctx context.Context, options Options, arguments []string) int {
 	root.AddCommand(serveCommand(options), receiveCommand(options), observeCommand(options), packagesCommand(options),
 		lockCommand(options), releaseCommand(options), fileCommand(options), dialCommand(options),
 		hostKeyCommand(options), openBaoCommand(options), postgreSQLCommand(options), relayCommand(options), journalCommand(options),
+		pullCommand(options), storeCommand(options),
 		versionCommand(options))
 	root.SetArgs(arguments)
 	root.SetOut(options.Stdout)

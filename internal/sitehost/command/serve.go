@@ -16,38 +16,57 @@ import (
 )
 
 func serveCommand(options Options) *cobra.Command {
-	var store, listen, operators, unsealKey, openbao string
+	var listen, operators, unsealKey string
+	var settings pullSettings
 	command := &cobra.Command{
 		Use: "serve", Short: "Serve the store's artifacts on loopback, and keep OpenBao unsealed", Args: cobra.NoArgs,
 		RunE: func(command *cobra.Command, _ []string) error {
 			log := slog.New(slog.NewTextHandler(options.Stderr, nil))
-			unsealer, err := unseal.New(unseal.Options{Address: openbao, KeyFile: unsealKey, Log: log})
+			unsealer, err := unseal.New(unseal.Options{Address: settings.openBao, KeyFile: unsealKey, Log: log})
 			if err != nil {
 				return err
 			}
-			server, err := serve.New(command.Context(), serve.Options{
-				Store: store, Listen: listen, Version: options.Version, Operators: operators, Log: log,
+			pulls, err := newBackground(settings, log)
+			if err != nil {
+				return err
+			}
+			served := serve.Options{
+				Store: settings.store, Listen: listen, Version: options.Version, Operators: operators, Log: log,
 				Notify: serve.SystemdNotify(options.NotifySocket), Collectors: []prometheus.Collector{unsealer},
-			})
-			if err != nil {
-				return err
 			}
-			// They share nothing but the process.
-			ctx, cancel := context.WithCancel(command.Context())
-			var beside sync.WaitGroup
-			beside.Go(func() { unsealer.Run(ctx) })
-			err = server.Run(ctx)
-			cancel()
-			beside.Wait()
-			return err
+			beside := []func(context.Context){unsealer.Run}
+			if pulls != nil {
+				served.Puller, served.Refresh = pulls.get, pulls.keys.Refresh
+				served.Collectors = append(served.Collectors, pulls)
+				beside = append(beside, pulls.run)
+			}
+			return runServer(command.Context(), served, beside)
 		},
 	}
-	command.Flags().StringVar(&store, "store", serve.DefaultStore, "folder of the store")
+	command.Flags().StringVar(&settings.store, "store", serve.DefaultStore, "folder of the store")
 	command.Flags().StringVar(&operators, "operators", "/etc/site/operators.jwks", "JWKS file with the operators' public keys")
 	command.Flags().StringVar(&listen, "listen", serve.DefaultListen, "loopback address and port")
 	command.Flags().StringVar(&unsealKey, "unseal-key", UnsealKeyFile, "file with OpenBao's unseal key; it may come later")
-	command.Flags().StringVar(&openbao, "openbao", unseal.DefaultAddress, "URL of OpenBao, on loopback")
+	command.Flags().StringVar(&settings.openBao, "openbao", unseal.DefaultAddress, "URL of OpenBao, on loopback")
+	settings.flags(command, "")
 	return command
+}
+
+// runServer serves until ctx ends. What runs beside shares nothing but the process.
+func runServer(ctx context.Context, options serve.Options, beside []func(context.Context)) error {
+	server, err := serve.New(ctx, options)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	var others sync.WaitGroup
+	for _, run := range beside {
+		others.Go(func() { run(ctx) })
+	}
+	err = server.Run(ctx)
+	cancel()
+	others.Wait()
+	return err
 }
 
 func receiveCommand(options Options) *cobra.Command {

@@ -154,3 +154,12 @@ func read(path string) (ed25519.PrivateKey, error) {
 	}
 	return private, nil
 }
+
+// Private reads the key in use, to sign with.
+func Private(path string) (ed25519.PrivateKey, error) {
+	private, err := read(path)
+	if err != nil {
+		return nil, fmt.Errorf("host key: %w", err)
+	}
+	return private, nil
+}

@@ -2,6 +2,7 @@ package serve
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -20,6 +21,7 @@ import (
 	"time"
 
 	"github.com/nomad-site/site/internal/blob"
+	"github.com/nomad-site/site/internal/sitehost/pull"
 )
 
 // maxManifest is the usual bound of registries for an image manifest.
@@ -50,6 +52,10 @@ type handler struct {
 	log      *slog.Logger
 	// operators is the path of a JWKS file, or empty.
 	operators string
+	// puller gives what brings the artifacts that lack; nil: nothing does.
+	puller func() (Puller, error)
+	// refresh has the keys of the object store read anew; nil: there are none.
+	refresh func(context.Context) error
 }
 
 // ServeHTTP implements http.Handler.
@@ -67,6 +73,10 @@ func (h *handler) answer(writer http.ResponseWriter, request *http.Request) stri
 		// A page in a browser that rebinds its own name to loopback sends that name.
 		http.Error(writer, "this server answers to loopback names only", http.StatusMisdirectedRequest)
 		return "refused"
+	}
+	if request.Method == http.MethodPost && request.URL.Path == RefreshPath && h.refresh != nil {
+		h.refreshKeys(writer, request)
+		return "refresh"
 	}
 	if request.Method != http.MethodGet && request.Method != http.MethodHead {
 		header.Set("Allow", "GET, HEAD")
@@ -103,6 +113,18 @@ func (h *handler) answer(writer http.ResponseWriter, request *http.Request) stri
 	}
 	http.Error(writer, "not found", http.StatusNotFound)
 	return "unknown"
+}
+
+// RefreshPath is where a POST has the keys of the object store read anew. Anybody on
+// the host may: it changes nothing, and asks for them once a second at most.
+const RefreshPath = "/object-store/refresh"
+
+func (h *handler) refreshKeys(writer http.ResponseWriter, request *http.Request) {
+	if err := h.refresh(request.Context()); err != nil {
+		http.Error(writer, "the keys of the object store cannot be read: "+err.Error(), http.StatusServiceUnavailable)
+		return
+	}
+	writer.WriteHeader(http.StatusNoContent)
 }
 
 // plainText undoes the two escapes that correct clients make for a digest's
@@ -171,9 +193,14 @@ func (h *handler) file(writer http.ResponseWriter, request *http.Request, site, 
 	if err == nil {
 		content, _, err = h.verifier.open(request.Context(), hex)
 	}
+	if isMissing(err) {
+		if err = h.pullFile(request.Context(), writer, site, artifact, hex); err == nil {
+			content, _, err = h.verifier.open(request.Context(), hex)
+		}
+	}
 	if err != nil {
-		status := h.report(request, hex, err)
-		http.Error(writer, strings.ToLower(http.StatusText(status)), status)
+		status := h.report(writer, request, hex, err)
+		http.Error(writer, explain(status, err), status)
 		return
 	}
 	defer func() { _ = content.Close() }()
@@ -206,21 +233,16 @@ func (h *handler) oci(writer http.ResponseWriter, request *http.Request, path st
 	if match[3] == "manifests" {
 		unknown = "MANIFEST_UNKNOWN"
 	}
-	listed, err := h.store.lists(site, artifact, hex)
-	if err == nil && !listed {
-		err = fs.ErrNotExist
-	}
-	var content *os.File
-	var size int64
-	if err == nil {
-		content, size, err = h.verifier.open(request.Context(), hex)
-	}
+	content, size, err := h.imagePart(writer, request, match)
 	if err != nil {
-		status := h.report(request, hex, err)
+		status := h.report(writer, request, hex, err)
 		if status != http.StatusNotFound {
 			unknown = "UNKNOWN"
 		}
-		ociError(writer, status, unknown, fmt.Sprintf("%s/%s@sha256:%s: %s", site, artifact, hex, strings.ToLower(http.StatusText(status))))
+		if status == http.StatusServiceUnavailable {
+			unknown = "UNAVAILABLE"
+		}
+		ociError(writer, status, unknown, fmt.Sprintf("%s/%s@sha256:%s: %s", site, artifact, hex, explain(status, err)))
 		return
 	}
 	defer func() { _ = content.Close() }()
@@ -238,6 +260,29 @@ func (h *handler) oci(writer http.ResponseWriter, request *http.Request, path st
 	}
 	immutable(writer.Header(), hex, mediaType)
 	http.ServeContent(writer, request, "", time.Time{}, bytes.NewReader(text))
+}
+
+// imagePart opens what a path names, proved.
+func (h *handler) imagePart(writer http.ResponseWriter, request *http.Request, match []string) (*os.File, int64, error) {
+	site, artifact, hex := match[1], match[2], match[4]
+	ctx := request.Context()
+	listed, err := h.store.lists(site, artifact, hex)
+	if err == nil && !listed {
+		err = fs.ErrNotExist
+	}
+	if err == nil {
+		content, size, err := h.verifier.open(ctx, hex)
+		if !isMissing(err) {
+			return content, size, err
+		}
+	}
+	if err != nil && !isMissing(err) {
+		return nil, 0, err
+	}
+	if err := h.pullImagePart(ctx, writer, site, artifact, hex, match[3] == "manifests", listed); err != nil {
+		return nil, 0, err
+	}
+	return h.verifier.open(ctx, hex)
 }
 
 // manifest reads an image manifest or index and says its media type.
@@ -274,11 +319,19 @@ func immutable(header http.Header, hex, contentType string) {
 }
 
 // report turns an error into a status, and logs what an operator must see.
-func (h *handler) report(request *http.Request, hex string, err error) int {
+func (h *handler) report(writer http.ResponseWriter, request *http.Request, hex string, err error) int {
 	var corrupt *CorruptError
+	var miss *missError
 	switch {
 	case request.Context().Err() != nil:
 		return http.StatusServiceUnavailable // nobody reads it
+	case errors.As(err, &miss) && pull.Code(err) == pull.CodeCorrupt:
+		h.log.Error("refused what the object store holds", "path", request.URL.Path, "error", miss.err)
+		return http.StatusBadGateway
+	case errors.As(err, &miss):
+		h.log.Warn("cannot pull", "path", request.URL.Path, "error", miss.err)
+		writer.Header().Set("Retry-After", retryAfter)
+		return http.StatusServiceUnavailable
 	case isMissing(err):
 		return http.StatusNotFound
 	case errors.As(err, &corrupt):

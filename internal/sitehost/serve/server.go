@@ -51,6 +51,11 @@ type Options struct {
 	Log       *slog.Logger
 	// Notify tells the service manager about states ("READY=1"); may be nil.
 	Notify func(state string) error
+	// Puller gives what brings the artifacts that the store lacks. It is called for
+	// each, and may fail for a while; nil: nothing does.
+	Puller func() (Puller, error)
+	// Refresh has the keys of the object store read anew; nil: there are none.
+	Refresh func(context.Context) error
 	// Collectors are metrics of what else runs in this process.
 	Collectors []prometheus.Collector
 }
@@ -86,6 +91,7 @@ func New(ctx context.Context, options Options) (*Server, error) {
 			Handler: &handler{
 				store: store, verifier: newVerifier(store),
 				metrics: newMetrics(options.Store, options.Version, options.Collectors...), log: options.Log, operators: options.Operators,
+				puller: options.Puller, refresh: options.Refresh,
 			},
 			ReadHeaderTimeout: 5 * time.Second,
 			ReadTimeout:       10 * time.Second,
