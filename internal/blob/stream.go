@@ -7,7 +7,6 @@ import (
 	"io"
 	"runtime"
 
-	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sync/errgroup"
 )
 
@@ -87,12 +86,11 @@ func (s *sending) stream(ctx context.Context, need []rawDigest, result *Result, 
 	if workers <= 0 {
 		workers = min(4, runtime.GOMAXPROCS(0))
 	}
-	// A window beyond a chunk finds nothing more, and each worker has two of them.
-	encoder, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(workers), zstd.WithSingleSegment(true), zstd.WithWindowSize(MaxChunkSize))
+	packer, err := NewPacker(workers)
 	if err != nil {
 		return &localError{err}
 	}
-	defer encoder.Close()
+	defer packer.Close()
 
 	group, ctx := errgroup.WithContext(ctx)
 	free := make(chan *job, 3*workers)
@@ -109,7 +107,7 @@ func (s *sending) stream(ctx context.Context, need []rawDigest, result *Result, 
 	for range workers {
 		group.Go(func() error {
 			for j := range work {
-				if err := s.pack(encoder, j); err != nil {
+				if err := s.pack(packer, j); err != nil {
 					return err
 				}
 			}
@@ -174,11 +172,11 @@ func (s *sending) changed(j *job, err error) error {
 }
 
 // pack proves a chunk before it compresses it.
-func (s *sending) pack(encoder *zstd.Encoder, j *job) error {
-	if err := j.digest.digest().Check(j.plain); err != nil {
+func (s *sending) pack(packer *Packer, j *job) error {
+	var err error
+	if j.packed, err = packer.Pack(j.digest.digest(), j.plain, j.packed[:0]); err != nil {
 		return s.changed(j, err)
 	}
-	j.packed = encoder.EncodeAll(j.plain, j.packed[:0])
 	close(j.ready)
 	return nil
 }

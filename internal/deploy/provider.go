@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/nomad-site/site/internal/adapter/cloudflare"
@@ -23,6 +24,9 @@ const ProviderVersion = "site.provider/v1"
 // previousTokenField is the custom metadata of an admin token that names the one
 // which it replaced: until it is empty, that one is still to be revoked.
 const previousTokenField = "previous_token_id"
+
+// adminRole begins the role of an admin token in its name: "admin-a".
+const adminRole = "admin-"
 
 // ProviderStatus is what the provider says of the admin pair and of the keys.
 type ProviderStatus struct {
@@ -156,11 +160,14 @@ func (s *session) proveAdmin(ctx context.Context, name string, token secret.Valu
 		one.Problem = err.Error()
 		return one
 	}
+	var lacking []string
 	for _, permission := range one.Permissions {
 		if !permission.Allowed {
-			one.Problem = fmt.Sprintf("it lacks %q: %s", permission.Name, permission.Why)
-			break
+			lacking = append(lacking, fmt.Sprintf("%q (%s)", permission.Name, permission.Why))
 		}
+	}
+	if len(lacking) > 0 {
+		one.Problem = "it lacks " + strings.Join(lacking, ", ")
 	}
 	return one
 }
@@ -224,22 +231,27 @@ func (s *session) anyAdmin(ctx context.Context) (*cloudflare.Client, error) {
 		"site provider import-admin-pair --site=%s --token-a-file=A --token-b-file=B", s.site.Name)
 }
 
-// tokensInUse are the ids of all tokens that some generation of ours names.
-func (s *session) tokensInUse(ctx context.Context) (map[string]bool, error) {
-	inUse := map[string]bool{}
+// tokensInUse are the ids of all tokens that somebody may read: a candidate that was
+// minted again, because others of its generation were lacking, is none. sure is
+// false where one of the admin pair does not say which it is.
+func (s *session) tokensInUse(ctx context.Context) (inUse map[string]bool, sure bool, err error) {
+	inUse, sure = map[string]bool{}, true
 	for _, name := range []string{site.StoreAdminID, site.StoreProxyID} {
 		one := *s.site.Secret(site.ObjectStorageComponent + "." + name)
 		states, err := s.bao.ObserveDeclared(ctx, []site.Secret{one})
 		if err != nil {
-			return nil, err
+			return nil, false, err
 		}
-		for version, state := range states[one.FullName()].Versions {
-			if state.Gone {
+		state := states[one.FullName()]
+		rotation := state.Rotation()
+		for _, version := range []int{rotation.Active, rotation.Candidate, rotation.Retiring} {
+			// A candidate is noted before it is written.
+			if there, written := state.Versions[version]; !written || there.Gone {
 				continue
 			}
 			fields, err := s.bao.ReadGeneration(ctx, one, version)
 			if err != nil {
-				return nil, err
+				return nil, false, err
 			}
 			inUse[fields.Value.Reveal()] = true
 		}
@@ -251,18 +263,23 @@ func (s *session) tokensInUse(ctx context.Context) (map[string]bool, error) {
 			continue
 		}
 		if err != nil {
-			return nil, err
+			return nil, false, err
 		}
 		api, err := s.provider(value)
 		if err != nil {
-			return nil, err
+			return nil, false, err
 		}
-		// One that no longer works has no id to keep.
-		if id, _, err := api.Verify(ctx); err == nil {
-			inUse[id] = true
+		id, _, err := api.Verify(ctx)
+		var refused *cloudflare.TokenError
+		switch {
+		case errors.As(err, &refused):
+			sure = false
+		case err != nil:
+			return nil, false, err
 		}
+		inUse[id] = true
 	}
-	return inUse, nil
+	return inUse, sure, nil
 }
 
 // orphanTokens are tokens that an interrupted run of this site left at the provider.
@@ -271,13 +288,17 @@ func (s *session) orphanTokens(ctx context.Context, api *cloudflare.Client) ([]c
 	if err != nil {
 		return nil, err
 	}
-	inUse, err := s.tokensInUse(ctx)
+	inUse, sure, err := s.tokensInUse(ctx)
 	if err != nil {
 		return nil, err
 	}
 	byID := map[string]cloudflare.TokenInfo{}
 	var tokens []bucket.Token
 	for _, one := range found {
+		// It may be the one that is refused, which may be so for a while only.
+		if _, role, _, _ := bucket.ParseTokenName(one.Name); !sure && strings.HasPrefix(role, adminRole) {
+			continue
+		}
 		byID[one.ID] = one
 		tokens = append(tokens, bucket.Token{ID: one.ID, Name: one.Name})
 	}
@@ -405,13 +426,16 @@ func (s *session) replaceOneAdmin(ctx context.Context, name, peer string, progre
 		return err
 	}
 	state := states[name]
-	// What an earlier run replaced and did not come to revoke.
-	if err := s.revokePrevious(ctx, api, state.CustomMetadata[previousTokenField], progress); err != nil {
-		return err
-	}
 	previous, err := s.adminID(ctx, one)
 	if err != nil {
 		return err
+	}
+	// What an earlier run replaced and did not come to revoke; it is noted before it
+	// is replaced.
+	if noted := state.CustomMetadata[previousTokenField]; noted != previous {
+		if err := s.revokePrevious(ctx, api, noted, progress); err != nil {
+			return err
+		}
 	}
 	generation, err := s.nextTokenGeneration(ctx, api)
 	if err != nil {
@@ -421,10 +445,11 @@ func (s *session) replaceOneAdmin(ctx context.Context, name, peer string, progre
 		_, err := s.sweepTokens(ctx)
 		return err
 	})
-	minted, err := api.MintAdmin(ctx, bucket.TokenName(s.site.Name, "admin-"+name[len(name)-1:], generation))
+	minted, err := api.MintAdmin(ctx, bucket.TokenName(s.site.Name, adminRole+name[len(name)-1:], generation))
 	if err != nil {
 		return err
 	}
+	progress.Message("minted token %s", minted.Name)
 	fresh, err := s.provider(minted.Value)
 	if err != nil {
 		return err
@@ -437,6 +462,9 @@ func (s *session) replaceOneAdmin(ctx context.Context, name, peer string, progre
 		custom = map[string]string{}
 	}
 	custom[previousTokenField] = previous
+	if err := s.bao.SetMetadata(ctx, one, custom); err != nil {
+		return err
+	}
 	if _, err := s.bao.WriteFields(ctx, one, openbao.Fields{Value: minted.Value}, state.Version, custom); err != nil {
 		return err
 	}

@@ -83,8 +83,13 @@ func (s *session) proveStoreKeys(ctx context.Context, values map[string]secret.V
 	case !errors.As(err, &denied):
 		return fmt.Errorf("the hosts' key should only read, and writing with it ended with: %w", err)
 	}
-	if err := elsewhere.Check(ctx, prefix); err == nil {
+	err = elsewhere.Check(ctx, prefix)
+	var away *writesession.UnavailableError
+	switch {
+	case err == nil:
 		return fmt.Errorf("the service's key should reach bucket %s only, and it reaches another", name)
+	case errors.As(err, &away): // which proves nothing
+		return err
 	}
 	return nil
 }
@@ -106,6 +111,20 @@ func (r *rotation) oneGeneration() {
 	for _, one := range r.secrets {
 		one.mintAgain = isStoreKey(one.Secret)
 	}
+}
+
+// movesKeys reports whether the keys begin a generation, all four of them. While one
+// is unfinished they do only where it lacks a candidate of some.
+func (r *rotation) movesKeys(secrets []site.Secret, asks func(site.Secret) bool) bool {
+	asked, candidate, running := false, false, false
+	for _, one := range secrets {
+		if !isStoreKey(one) {
+			continue
+		}
+		state := r.entries[one.FullName()].Rotation()
+		asked, candidate, running = asked || asks(one), candidate || state.Candidate > 0, running || state.Running()
+	}
+	return candidate || asked && !running
 }
 
 // storeKey gives one of the four keys, which are minted together.
@@ -138,9 +157,11 @@ func (r *rotation) firstStoreKeys() plan.Step {
 			}
 			for _, name := range storeKeys() {
 				one := *r.site.Secret(name)
-				if _, err := r.bao.WriteFields(ctx, one, r.fieldsOf(one, minted[name], r.entries[name]), r.entries[name].Version, nil); err != nil {
+				version, err := r.bao.WriteFields(ctx, one, r.fieldsOf(one, minted[name], r.entries[name]), r.entries[name].Version, nil)
+				if err != nil {
 					return err
 				}
+				progress.Message("%s: generation %d is written", name, version)
 			}
 			if _, err := r.observeSecrets(ctx, r.site.Secrets()); err != nil {
 				return err
@@ -155,7 +176,12 @@ func (r *rotation) lacksStoreKeys() bool {
 	if !slices.Contains(r.choice.Names, storeKeys()[0]) || r.needProvider() != nil {
 		return false
 	}
-	return slices.ContainsFunc(storeKeys(), func(name string) bool { return !r.entries[name].HasValue() })
+	return !r.hasStoreKeys()
+}
+
+// hasStoreKeys reports whether all four are there.
+func (r *rotation) hasStoreKeys() bool {
+	return !slices.ContainsFunc(storeKeys(), func(name string) bool { return !r.entries[name].HasValue() })
 }
 
 // sweepProvider revokes the tokens of generations that are gone.

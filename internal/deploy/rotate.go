@@ -261,10 +261,7 @@ func (r *rotation) choose(ctx context.Context) error {
 		name := one.FullName()
 		return slices.Contains(r.choice.Names, name) || r.choice.All && r.rotatableAlone(one) || r.choice.Due && due[name]
 	}
-	// The keys of the object store are of one generation: all of them, or none.
-	keys := slices.ContainsFunc(secrets, func(one site.Secret) bool {
-		return isStoreKey(one) && (asks(one) || r.entries[one.FullName()].Rotation().Running())
-	})
+	keys := r.movesKeys(secrets, asks)
 	var problems []error
 	r.secrets = nil
 	for _, one := range secrets {
@@ -272,9 +269,12 @@ func (r *rotation) choose(ctx context.Context) error {
 		entry := r.entries[name]
 		state := entry.Rotation()
 		// What is unfinished is finished by any run.
-		asked := asks(one) || keys && isStoreKey(one)
+		asked := asks(one)
+		if isStoreKey(one) {
+			asked = keys
+		}
 		switch {
-		case isStoreKey(one) && r.lacksStoreKeys():
+		case isStoreKey(one) && !r.hasStoreKeys():
 			continue // all four get their first generation by a step of its own
 		case state.Running():
 		case !asked:

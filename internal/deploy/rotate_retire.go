@@ -46,14 +46,7 @@ func (r *rotation) drain() plan.Step {
 			return nil
 		}
 		observing{r.options.Reporter, "drain"}.Message("the old generation works for another %s; this may be interrupted, the next run goes on", wait.Round(time.Second))
-		timer := time.NewTimer(wait)
-		defer timer.Stop()
-		select {
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		case <-timer.C:
-			return nil
-		}
+		return retry.Pause(ctx, wait)
 	}}
 }
 

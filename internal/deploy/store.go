@@ -62,17 +62,22 @@ func (s *session) chooseTransport(ctx context.Context) (string, error) {
 	case s.nomad == nil:
 		return "", s.noStoreYet()
 	}
-	jobs, err := s.nomad.ObserveSite(ctx, s.site.Name)
-	if err != nil {
+	registered, stable, err := s.nomad.Standing(ctx, site.ObjectStorageComponent)
+	switch {
+	case err != nil:
 		return "", err
-	}
-	if service := jobs[site.ObjectStorageComponent]; !service.Exists || service.Stopped {
-		if asked {
-			return "", s.noStoreYet()
-		}
+	case !registered && asked:
+		return "", s.noStoreYet()
+	case !registered:
 		return ViaSSH, nil
 	}
-	return ViaStore, s.openStore(ctx)
+	err = s.openStore(ctx)
+	if err != nil && !stable && !asked && ctx.Err() == nil {
+		// It never was healthy: this run may be what mends it.
+		s.options.Warn(fmt.Sprintf("artifacts travel by SSH: %v", err))
+		return ViaSSH, nil
+	}
+	return ViaStore, err
 }
 
 func (s *session) noStoreYet() error {

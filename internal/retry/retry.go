@@ -62,3 +62,15 @@ func Until(ctx context.Context, what string, limit time.Duration, attempt func(c
 		return &TimeoutError{What: what, After: time.Since(start), Last: last}
 	}
 }
+
+// Pause waits for length. A cancelled context ends it with the context's cause.
+func Pause(ctx context.Context, length time.Duration) error {
+	timer := time.NewTimer(length)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-timer.C:
+		return nil
+	}
+}

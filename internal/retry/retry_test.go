@@ -119,3 +119,18 @@ func TestAContextThatIsOverStartsNothing(t *testing.T) {
 		t.Errorf("%d attempts, %v", attempts, err)
 	}
 }
+
+func TestAPauseLastsAndMayBeCutShort(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		start := time.Now()
+		if err := retry.Pause(t.Context(), time.Minute); err != nil || time.Since(start) != time.Minute {
+			t.Errorf("%s, %v", time.Since(start), err)
+		}
+		ctx, cancel := context.WithCancelCause(t.Context())
+		time.AfterFunc(time.Second, func() { cancel(errNotYet) })
+		start = time.Now()
+		if err := retry.Pause(ctx, time.Minute); !errors.Is(err, errNotYet) || time.Since(start) != time.Second {
+			t.Errorf("cut short: %s, %v", time.Since(start), err)
+		}
+	})
+}

@@ -340,6 +340,9 @@ func (f *fixture) close() error {
 	if f.lab != nil {
 		err = f.lab.Down(ctx)
 	}
+	// podman mounts its storage onto itself, and leaves it so.
+	// That it is not mounted is no error.
+	_ = exec.CommandContext(ctx, "umount", "--quiet", filepath.Join(f.temp, "podman", "root", "overlay")).Run()
 	if f.temp != "" && err == nil {
 		err = os.RemoveAll(f.temp)
 	}

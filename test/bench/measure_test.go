@@ -175,6 +175,15 @@ func median[R any, T cmp.Ordered](runs []R, figure func(R) T) T {
 	return values[len(values)/2]
 }
 
+// highest is what counts of memory: a limit is one for all runs.
+func highest[R any, T cmp.Ordered](runs []R, figure func(R) T) T {
+	value := figure(runs[0])
+	for _, one := range runs[1:] {
+		value = max(value, figure(one))
+	}
+	return value
+}
+
 func seconds(r run) float64 { return r.seconds }
 func wire(r run) int64      { return r.wire }
 
@@ -217,6 +226,8 @@ func inBytes(n int64) string {
 		return fmt.Sprintf("%.1f MB", float64(n)/1e6)
 	}
 }
+
+func inMiB(n int64) float64 { return float64(n) / (1 << 20) }
 
 // times is how often a holds b.
 func times(a, b float64) string {

@@ -370,6 +370,10 @@ func BenchmarkRotation(b *testing.B) {
 	}
 	reportRotations(b, one, many, byHand)
 	reportIdle(b, due, status)
+	// What is not site's would stop its next deploy.
+	if _, err := f.nomad("job", "stop", "-purge", keeperByHand); err != nil {
+		b.Fatal(err)
+	}
 }
 
 func elapsed(r rotated) float64 { return r.seconds }

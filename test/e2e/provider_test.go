@@ -1,13 +1,20 @@
 package e2e
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -25,6 +32,8 @@ var rotateStore = []string{"provider", "rotate-object-storage", "--drain=0s"}
 type provider struct {
 	*cloudflare.Fake
 	store *objectStore
+	// lax has keys write that were made to read.
+	lax atomic.Bool
 }
 
 // provider serves until the test ends.
@@ -34,7 +43,12 @@ func (s *testSite) provider(store *objectStore) *provider {
 		Endpoint: store.root.Endpoint, Region: store.root.Region,
 		AccessKeyID: store.root.AccessKeyID, SecretAccessKey: store.root.SecretAccessKey,
 	}
-	fake, err := cloudflare.Serve(s.t.Context(), "127.0.0.1:0", cloudflare.Options{Keys: gateway.Keys, SettleTime: time.Second})
+	p := &provider{store: store}
+	fake, err := cloudflare.Serve(s.t.Context(), "127.0.0.1:0", cloudflare.Options{SettleTime: time.Second,
+		Keys: func(id, secret, bucket string, write, remove bool) {
+			gateway.Keys(id, secret, bucket, write || p.lax.Load(), remove)
+		},
+	})
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -43,7 +57,8 @@ func (s *testSite) provider(store *objectStore) *provider {
 			s.t.Error(err)
 		}
 	})
-	return &provider{Fake: fake, store: store}
+	p.Fake = fake
+	return p
 }
 
 // hcl is the block that names the provider.
@@ -134,6 +149,8 @@ func TestTheProviderMakesAndRotatesTheKeysOfTheStore(t *testing.T) {
 			t.Error("a token is shown")
 		}
 	}
+	s.isKilled(moment{step: "first keys", kind: plan.StepProgress, says: "minted the keys"}, rotateStore...)
+	s.isKilled(moment{step: "first keys", kind: plan.StepProgress, says: "is written"}, rotateStore...)
 	s.must(rotateStore...)
 	p.wantWholeKeys(s)
 	s.must("deploy")
@@ -146,27 +163,51 @@ func TestTheProviderMakesAndRotatesTheKeysOfTheStore(t *testing.T) {
 		before := p.wantWholeKeys(s)
 		s.commit("another greeting", map[string]string{"jobs/hello/app/main.go": s.replace("jobs/hello/app/main.go", `"ok"`, `"well"`)})
 		s.must("deploy")
-		traffic := s.storeTraffic(store)
+		traffic, hosts := s.storeTraffic(store), 0
+		s.until("the host to have keys", 20*time.Second, func() error {
+			if hosts = s.hostsStoreKeys(); hosts == 0 {
+				return errors.New("it has none")
+			}
+			return nil
+		})
 		got := s.must(rotateStore...)
 		uploads, pulls := traffic.end()
+		if uploads == 0 || pulls == 0 {
+			t.Errorf("%d uploads and %d pulls", uploads, pulls)
+		}
 		t.Logf("%d uploads and %d pulls while it took %s", uploads, pulls, got.duration.Round(100*time.Millisecond))
 		if after := p.wantWholeKeys(s); after <= before {
 			t.Errorf("generation %d follows %d", after, before)
 		}
-	})
-	t.Run("it is killed behind each step, and the next run finishes", func(t *testing.T) {
-		s := s.in(t)
-		var steps []string
-		for _, event := range s.events(s.must(append(rotateStore, "--json")...)) {
-			if event.Type == plan.StepStarted {
-				steps = append(steps, event.Step)
-			}
+		if now := s.hostsStoreKeys(); now <= hosts {
+			t.Errorf("the host reads with keys of generation %d, and did with %d", now, hosts)
 		}
-		for _, step := range steps[slices.Index(steps, "mint"):] {
-			t.Run("behind "+step, func(t *testing.T) {
+	})
+	t.Run("keys that may do more than they should are not taken", func(t *testing.T) {
+		s := s.in(t)
+		before, ids := p.wantWholeKeys(s), p.TokenNames()
+		p.lax.Store(true)
+		got := s.run(rotateStore...)
+		p.lax.Store(false)
+		s.says(got, 1, "the hosts' key should only read")
+		if after := p.wantWholeKeys(s); after != before || !slices.Equal(ids, p.TokenNames()) {
+			t.Errorf("generation %d follows %d; tokens %q, before %q", after, before, p.TokenNames(), ids)
+		}
+	})
+	t.Run("it is killed wherever something was done, and the next run finishes", func(t *testing.T) {
+		for _, when := range []moment{
+			{step: "mint", kind: plan.StepProgress, says: "minted the keys"},
+			{step: "mint", kind: plan.StepProgress, says: "is written"},
+			{step: "mint", kind: plan.StepDone},
+			{step: "canaries", kind: plan.StepDone},
+			{step: "commit", kind: plan.StepProgress, says: "is active"},
+			{step: "commit", kind: plan.StepDone},
+			{step: "retire", kind: plan.StepProgress, says: "is retired"},
+			{step: "retire", kind: plan.StepDone},
+		} {
+			t.Run(strings.TrimSpace(when.String()+" "+when.says), func(t *testing.T) {
 				s := s.in(t)
-				s.wantFault(s.runWithFault(faultKill, step, rotateStore...), faultKill, step)
-				s.lockIsFree(10 * time.Second)
+				s.isKilled(when, rotateStore...)
 				s.must(rotateStore...)
 				p.wantWholeKeys(s)
 				s.must("artifacts", "push")
@@ -175,6 +216,8 @@ func TestTheProviderMakesAndRotatesTheKeysOfTheStore(t *testing.T) {
 	})
 	t.Run("each of the admin pair is replaced through the other", func(t *testing.T) {
 		s := s.in(t)
+		s.isKilled(moment{step: "token a", kind: plan.StepProgress, says: "minted token"}, "provider", "rotate-admin-pair")
+		s.isKilled(moment{step: "token b", kind: plan.StepProgress, says: "minted token"}, "provider", "rotate-admin-pair")
 		s.must("provider", "rotate-admin-pair")
 		for _, tokenName := range p.TokenNames() {
 			if strings.HasPrefix(tokenName, "a person's token") {
@@ -187,11 +230,36 @@ func TestTheProviderMakesAndRotatesTheKeysOfTheStore(t *testing.T) {
 	})
 }
 
+// isKilled has site end at once, at a moment that must come.
+func (s *testSite) isKilled(when moment, args ...string) {
+	s.t.Helper()
+	if when.kind == plan.StepDone { // behind the step means before the next one
+		s.wantFault(s.runWithFault(faultKill, when.step, args...), faultKill, when.step)
+	} else {
+		s.runUntil(when, func(process *os.Process) { _ = process.Kill() }, args...)
+	}
+	s.lockIsFree(10 * time.Second)
+}
+
 // storeTraffic is what goes on while keys are replaced.
 type storeTraffic struct {
 	stop           chan struct{}
 	done           sync.WaitGroup
+	store          *objectStore
+	before         int
 	uploads, pulls int
+}
+
+// hostsStoreKeys is the generation of the keys with which the host reads the store.
+func (s *testSite) hostsStoreKeys() int {
+	s.t.Helper()
+	var status struct {
+		KeyGeneration int `json:"key_generation"`
+	}
+	if err := json.Unmarshal([]byte(s.host.exec("/opt/site/bin/site-host", "store", "status")), &status); err != nil {
+		s.t.Fatal(err)
+	}
+	return status.KeyGeneration
 }
 
 // storeTraffic uploads something new again and again, and has the host pull a blob
@@ -208,35 +276,23 @@ func (s *testSite) storeTraffic(store *objectStore) *storeTraffic {
 		s.t.Fatal(got)
 	}
 	one := listing.Artifacts[0]
-	traffic := &storeTraffic{stop: make(chan struct{})}
-	again := func(count *int, do func() error) {
-		traffic.done.Go(func() {
-			for {
-				select {
-				case <-traffic.stop:
-					return
-				default:
-				}
-				if err := do(); err != nil {
-					s.t.Error(err)
-					return
-				}
-				*count++
-			}
-		})
-	}
 	digest := strings.TrimPrefix(one.Digest, "sha256:")
-	again(&traffic.pulls, func() error {
-		_, err := s.host.tryExec("sh", "-c", "rm -f /var/lib/site/store/blobs/sha256/"+digest+
-			" && curl --fail --silent --show-error --output /dev/null http://127.0.0.1:7380/v2/"+name+"/"+one.Artifact+"/manifests/sha256:"+digest)
-		return err
-	})
-	again(&traffic.uploads, func() error {
-		for _, key := range store.keys(name + "/") {
-			if strings.HasPrefix(key, name+"/names/") {
-				store.remove(key) // so that the next push has something to do
-			}
+	traffic := &storeTraffic{stop: make(chan struct{}), store: store, before: len(store.keys(name + "/packs/"))}
+	dial := s.tunnel("127.0.0.1:7380")
+	host := &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{
+		DisableKeepAlives: true, DialContext: func(context.Context, string, string) (net.Conn, error) { return dial(), nil },
+	}}
+	traffic.again(s, &traffic.pulls, func() error {
+		if _, err := s.host.tryExec("rm", "-f", "/var/lib/site/store/blobs/sha256/"+digest); err != nil {
+			return err
 		}
+		return fetches(host, "http://127.0.0.1:7380/v2/"+name+"/"+one.Artifact+"/manifests/sha256:"+digest)
+	})
+	source, said := "jobs/hello/app/main.go", `"well"`
+	traffic.again(s, &traffic.uploads, func() error {
+		next := fmt.Sprintf("%q", "well, for the time no. "+strconv.Itoa(traffic.uploads+1))
+		s.commit("again another greeting", map[string]string{source: s.replace(source, said, next)})
+		said = next
 		if got := s.run("artifacts", "push"); got.code != 0 {
 			return fmt.Errorf("%v", got)
 		}
@@ -245,8 +301,42 @@ func (s *testSite) storeTraffic(store *objectStore) *storeTraffic {
 	return traffic
 }
 
+// again does something until the end, or until it fails.
+func (t *storeTraffic) again(s *testSite, count *int, do func() error) {
+	t.done.Go(func() {
+		for {
+			select {
+			case <-t.stop:
+				return
+			default:
+			}
+			if err := do(); err != nil {
+				s.t.Error(err)
+				return
+			}
+			*count++
+		}
+	})
+}
+
+func fetches(client *http.Client, url string) error {
+	response, err := client.Get(url)
+	if err != nil {
+		return err
+	}
+	body, err := io.ReadAll(response.Body)
+	if err := errors.Join(err, response.Body.Close()); err != nil {
+		return err
+	}
+	if response.StatusCode != http.StatusOK {
+		return fmt.Errorf("%s: %s", response.Status, body)
+	}
+	return nil
+}
+
+// end gives the uploads that brought something to the store, and the pulls.
 func (t *storeTraffic) end() (uploads, pulls int) {
 	close(t.stop)
 	t.done.Wait()
-	return t.uploads, t.pulls
+	return min(t.uploads, len(t.store.keys(name+"/packs/"))-t.before), t.pulls
 }

@@ -203,12 +203,7 @@ func again(ctx context.Context, deadline time.Time, err error) error {
 		return retry.Permanent(err)
 	}
 	if unavailable.RetryAfter > 0 {
-		timer := time.NewTimer(unavailable.RetryAfter)
-		defer timer.Stop()
-		select {
-		case <-ctx.Done():
-		case <-timer.C:
-		}
+		_ = retry.Pause(ctx, unavailable.RetryAfter) // an ended context ends the attempts, too
 	}
 	return err
 }

@@ -234,10 +234,16 @@ func TestAHealthyServiceIsANoOpAfterwards(t *testing.T) {
 			t.Fatal(err)
 		}
 		wantChange(t, c, prepared, "job was stopped")
+		if registered, stable, err := c.Standing(ctx, "healthy"); registered || stable || err != nil {
+			t.Errorf("a stopped job stands: %t, %t, %v", registered, stable, err)
+		}
 		if err := deploy(t, c, prepared, quick); err != nil {
 			t.Fatal(err)
 		}
 		wantNothing(t, c, prepared)
+		if registered, stable, err := c.Standing(ctx, "healthy"); !registered || !stable || err != nil {
+			t.Errorf("a healthy job does not stand: %t, %t, %v", registered, stable, err)
+		}
 	})
 	t.Run("registered against an old index it is a conflict", func(t *testing.T) {
 		before, err := c.Observe(ctx, prepared)

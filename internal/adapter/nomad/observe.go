@@ -110,6 +110,16 @@ func (c *Client) Observe(ctx context.Context, prepared *Prepared) (job.Actual, e
 	return actual, err
 }
 
+// Standing reports whether a job is registered and meant to run, and whether the
+// version that is registered was healthy ever.
+func (c *Client) Standing(ctx context.Context, id string) (registered, stable bool, err error) {
+	found, err := c.job(ctx, id)
+	if err != nil || found == nil || flag(found.Stop) {
+		return false, false, err
+	}
+	return true, flag(found.Stable), nil
+}
+
 // ObserveSite reads all jobs of a site, declared or not, without comparing specs.
 func (c *Client) ObserveSite(ctx context.Context, site string) (map[string]job.Actual, error) {
 	stubs, err := c.jobsOf(ctx, site)

@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/nomad-site/site/internal/plan"
+	"github.com/nomad-site/site/internal/retry"
 	"github.com/nomad-site/site/internal/secret"
 	"github.com/nomad-site/site/internal/writesession"
 )
@@ -77,7 +78,7 @@ func New(options Options) (*Bucket, error) {
 	case options.Keys == nil:
 		return nil, errors.New("the object store's keys must be given")
 	}
-	b := &Bucket{options: options, endpoint: endpoint, http: options.HTTP, pause: pause}
+	b := &Bucket{options: options, endpoint: endpoint, http: options.HTTP, pause: retry.Pause}
 	if b.http == nil {
 		b.http = newHTTP(options.Dial)
 	}

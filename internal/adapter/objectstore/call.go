@@ -105,15 +105,3 @@ type fixed aws.Credentials
 
 // Retrieve implements aws.CredentialsProvider.
 func (f fixed) Retrieve(context.Context) (aws.Credentials, error) { return aws.Credentials(f), nil }
-
-// pause waits between two attempts.
-func pause(ctx context.Context, length time.Duration) error {
-	timer := time.NewTimer(length)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	case <-timer.C:
-		return nil
-	}
-}

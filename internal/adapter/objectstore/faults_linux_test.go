@@ -21,6 +21,7 @@ import (
 
 	"github.com/nomad-site/site/internal/blob"
 	"github.com/nomad-site/site/internal/plan"
+	"github.com/nomad-site/site/internal/retry"
 	"github.com/nomad-site/site/internal/secret"
 	"github.com/nomad-site/site/internal/writesession"
 )
@@ -214,7 +215,7 @@ func TestAStoreThatIsAwayForAWhileIsWaitedForAndThenReported(t *testing.T) {
 	if want := slices.Repeat([]time.Duration{longestPause}, attempts-1); !slices.Equal(pauses[3:], want) {
 		t.Errorf("it asked for 7 s, and was given %v", pauses[3:])
 	}
-	b.pause = pause
+	b.pause = retry.Pause
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
 	if err := b.Put(ctx, "gamma/c", nil, true); !errors.Is(err, context.DeadlineExceeded) {
@@ -233,7 +234,7 @@ func TestAStoreThatRestartsIsFoundAgain(t *testing.T) {
 	if _, ok := errors.AsType[*writesession.UnavailableError](b.Check(t.Context(), "gamma/a")); !ok {
 		t.Error("it answers while it is stopped")
 	}
-	b.pause = pause
+	b.pause = retry.Pause
 	started := make(chan error, 1)
 	go func() { started <- b.Put(t.Context(), "gamma/b", []byte("b"), true) }()
 	g.start(t)

@@ -155,6 +155,23 @@ func (c *Client) SetRotation(ctx context.Context, entry site.Secret, rotation re
 	return c.writeCustomMetadata(ctx, entry, metadata, raised)
 }
 
+// SetMetadata replaces what others than the rotation keep in the entry's metadata.
+func (c *Client) SetMetadata(ctx context.Context, entry site.Secret, custom map[string]string) error {
+	state, _, err := c.entryState(ctx, entry)
+	if err != nil {
+		return err
+	}
+	rotation := state.Rotation()
+	if !state.NamesActive() {
+		rotation.Active = 0 // the newest one goes without saying
+	}
+	metadata := rotation.Metadata(custom)
+	if maps.Equal(metadata, state.CustomMetadata) {
+		return nil
+	}
+	return c.writeCustomMetadata(ctx, entry, metadata, 0)
+}
+
 // writeCustomMetadata replaces the entry's custom metadata, and says how many
 // versions to keep where that is given.
 func (c *Client) writeCustomMetadata(

@@ -206,6 +206,38 @@ func TestARotationThatFailsManyTimesLosesNothing(t *testing.T) {
 	end(t, operator)
 }
 
+func TestWhatOthersKeepInMetadataLeavesTheRotationAsItIs(t *testing.T) {
+	s := ownServer(t)
+	if err := s.bootstrap(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	operator := s.operator(t, "deploy")
+	entry := site.Secret{Component: "rotation", Name: "noted"}
+	if _, err := operator.Write(t.Context(), entry, secret.New(planted), 0, nil); err != nil {
+		t.Fatal(err)
+	}
+	want := func(what, active string) {
+		t.Helper()
+		if err := operator.SetMetadata(t.Context(), entry, map[string]string{"noted": what}); err != nil {
+			t.Fatal(err)
+		}
+		states, err := operator.ObserveDeclared(t.Context(), []site.Secret{entry})
+		have := states[entry.FullName()].CustomMetadata
+		if err != nil || have["noted"] != what || have["active"] != active {
+			t.Errorf("metadata %q, %v", have, err)
+		}
+	}
+	want("before any rotation", "")
+	if err := operator.SetRotation(t.Context(), entry, reconcile.Rotation{Active: 1, Candidate: 2}); err != nil {
+		t.Fatal(err)
+	}
+	want("while one runs", "1")
+	states, err := operator.ObserveDeclared(t.Context(), []site.Secret{entry})
+	if rotation := states[entry.FullName()].Rotation(); err != nil || rotation.Candidate != 2 {
+		t.Errorf("%+v, %v", rotation, err)
+	}
+}
+
 func TestAnUnchangedRotationIsNotWrittenAgain(t *testing.T) {
 	s := ownServer(t)
 	if err := s.bootstrap(t.Context()); err != nil {

@@ -2,8 +2,6 @@ package cloudflarefake
 
 import (
 	"cmp"
-	"encoding/json"
-	"io"
 	"net/http"
 	"regexp"
 	"slices"
@@ -80,14 +78,12 @@ func (f *Fake) listBuckets(r *http.Request, jurisdiction string) answer {
 }
 
 func (f *Fake) createBucket(r *http.Request, jurisdiction string) answer {
-	decoder := json.NewDecoder(io.LimitReader(r.Body, maxBody))
-	decoder.DisallowUnknownFields()
 	var body struct {
 		Name         string `json:"name"`
 		LocationHint string `json:"locationHint"`
 		StorageClass string `json:"storageClass"`
 	}
-	if err := decoder.Decode(&body); err != nil {
+	if err := readBody(r, &body); err != nil {
 		return refuse(http.StatusBadRequest, codeBadRequest, "the body is not as documented: %v", err)
 	}
 	if !isBucketName(body.Name) {

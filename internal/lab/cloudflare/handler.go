@@ -3,6 +3,7 @@ package cloudflarefake
 import (
 	"encoding/json"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/netip"
@@ -131,6 +132,13 @@ func (a answer) write(w http.ResponseWriter) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(a.status)
 	_ = json.NewEncoder(w).Encode(content)
+}
+
+// readBody takes no field that is not documented.
+func readBody(r *http.Request, into any) error {
+	decoder := json.NewDecoder(io.LimitReader(r.Body, maxBody))
+	decoder.DisallowUnknownFields()
+	return decoder.Decode(into)
 }
 
 // ServeHTTP implements http.Handler.

@@ -2,7 +2,6 @@ package cloudflarefake
 
 import (
 	"encoding/json"
-	"io"
 	"net/http"
 	"slices"
 	"strconv"
@@ -159,10 +158,8 @@ type wanted struct {
 }
 
 func (f *Fake) createToken(r *http.Request) answer {
-	decoder := json.NewDecoder(io.LimitReader(r.Body, maxBody))
-	decoder.DisallowUnknownFields()
 	var body wanted
-	if err := decoder.Decode(&body); err != nil {
+	if err := readBody(r, &body); err != nil {
 		return refuse(http.StatusBadRequest, codeBadRequest, "the body is not as documented: %v", err)
 	}
 	made := &token{Name: body.Name, Policies: body.Policies, Condition: body.Condition}

@@ -233,6 +233,42 @@ func TestTheServerPullsWhatLacksAndReportsItsKeys(t *testing.T) {
 	}
 }
 
+func TestTheServerTakesNewKeysWhenItIsTold(t *testing.T) {
+	p := newPulling(t)
+	tool := p.bucket.Publish(t, "tool", blob.KindFile, []byte("content"))
+	address, stop := p.serving(t)
+	defer stop()
+	fetchFrom(t, "http://"+address+"/artifacts/lab/tool@"+string(tool.Digest))
+	p.openBao.Set(func() { p.openBao.Newest = map[string]int{site.StoreProxyID: 2, site.StoreProxySecret: 2} })
+	// Keys that were read a moment ago are not read again.
+	err := retry.Until(t.Context(), "the new keys", 10*time.Second, func(context.Context) error {
+		if got := run(t.Context(), "", "", "store", "refresh", "--server="+address); got.code != 0 {
+			return retry.Permanent(fmt.Errorf("%+v", got))
+		}
+		if generation, err := keyGeneration(t.Context(), address); err != nil || generation != 2 {
+			return fmt.Errorf("generation %d, %w", generation, err)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.openBao.Set(func() { p.openBao.Sealed = true })
+	err = retry.Until(t.Context(), "it to say so", 10*time.Second, func(context.Context) error {
+		got := run(t.Context(), "", "", "store", "refresh", "--server="+address)
+		if got.code == 0 || !strings.Contains(got.stderr, "OpenBao is sealed") {
+			return fmt.Errorf("%+v", got)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	if generation, err := keyGeneration(t.Context(), address); err != nil || generation != 2 {
+		t.Errorf("generation %d, %v", generation, err)
+	}
+}
+
 func TestTheServerServesWhateverItsObjectStoreIs(t *testing.T) {
 	for name, spoil := range map[string]func(p *pulling) error{
 		"no file":       func(p *pulling) error { return os.Remove(p.path("object-store.json")) },

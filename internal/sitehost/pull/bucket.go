@@ -20,6 +20,7 @@ import (
 	_ "golang.org/x/crypto/x509roots/fallback" // for hosts without certificates of their own
 
 	"github.com/nomad-site/site/internal/reconcile/host"
+	"github.com/nomad-site/site/internal/retry"
 )
 
 const (
@@ -166,7 +167,7 @@ func (b *bucket) read(ctx context.Context, what, key string, next func() (offset
 		case !answer.passing() || time.Since(quiet)+wait > b.patience:
 			return &UnreachableError{What: what, Err: answer}
 		}
-		if err := sleep(ctx, wait); err != nil {
+		if err := retry.Pause(ctx, wait); err != nil {
 			return err
 		}
 	}
@@ -177,17 +178,6 @@ func (e *answerError) word() string {
 		return e.code
 	}
 	return fmt.Sprintf("status %d", e.status)
-}
-
-func sleep(ctx context.Context, wait time.Duration) error {
-	timer := time.NewTimer(wait)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
 }
 
 // once makes one request. What the store or the way to it did wrong is an

@@ -1,6 +1,7 @@
 package pull
 
 import (
+	"context"
 	"fmt"
 	"path/filepath"
 	"strings"
@@ -8,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nomad-site/site/internal/retry"
 	"github.com/nomad-site/site/internal/site"
 	"github.com/nomad-site/site/internal/sitehost/hostkey"
 	"github.com/nomad-site/site/internal/sitehost/pull/pulltest"

@@ -125,12 +125,7 @@ func stopUnlessPassing(ctx context.Context, err error) error {
 	}
 	var later *laterError
 	if errors.As(err, &later) {
-		timer := time.NewTimer(later.after)
-		defer timer.Stop()
-		select {
-		case <-timer.C:
-		case <-ctx.Done():
-		}
+		_ = retry.Pause(ctx, later.after) // an ended context ends the attempts, too
 	}
 	return err
 }
