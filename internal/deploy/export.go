@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"strings"
 
 	"github.com/nomad-site/site/internal/blob"
@@ -36,16 +37,50 @@ func ExportArtifact(ctx context.Context, options Options, name string, digest bl
 	exported.Host = h.Name
 	transport := &http.Transport{DialContext: h.conn.DialContext}
 	defer transport.CloseIdleConnections()
-	for _, path := range []string{
-		fmt.Sprintf("/artifacts/%s/%s@%s", s.site.Name, name, digest),
-		fmt.Sprintf("/v2/%s/%s/blobs/%s", s.site.Name, name, digest),
-	} {
-		found, err := exportFrom(ctx, &http.Client{Transport: transport}, path, digest, into, &exported)
-		if found || err != nil {
-			return exported, err
+	through := &http.Client{Transport: transport}
+	found, err := s.exportOne(ctx, through, name, digest, into, &exported)
+	if err == nil && !found && s.site.ObjectStore != nil {
+		// A blob of an image that the host has no more: it pulls the image first.
+		if err = s.pullOwner(ctx, through, name, digest, exported); err == nil {
+			found, err = s.exportOne(ctx, through, name, digest, into, &exported)
 		}
 	}
+	if err != nil || found {
+		return exported, err
+	}
 	return exported, plan.WithHint(fmt.Errorf("host %s has no artifact %s@%s", h.Name, name, digest), "see `site artifacts ls`")
+}
+
+// exportOne tries all that site-host serves a digest as.
+func (s *session) exportOne(ctx context.Context, through *http.Client, name string, digest blob.Digest, into io.Writer, exported *Exported) (bool, error) {
+	for _, path := range []string{
+		fmt.Sprintf("/artifacts/%s/%s@%s", s.site.Name, name, digest),
+		fmt.Sprintf("/v2/%s/%s/manifests/%s", s.site.Name, name, digest),
+		fmt.Sprintf("/v2/%s/%s/blobs/%s", s.site.Name, name, digest),
+	} {
+		if found, err := exportFrom(ctx, through, path, digest, into, exported); found || err != nil {
+			return found, err
+		}
+	}
+	return false, nil
+}
+
+// pullOwner has the host ask for the image that has the blob.
+func (s *session) pullOwner(ctx context.Context, through *http.Client, name string, digest blob.Digest, exported Exported) error {
+	if err := s.openStore(ctx); err != nil {
+		return err
+	}
+	listing, err := s.store.List(ctx)
+	if err != nil {
+		return err
+	}
+	for _, one := range listing.Artifacts {
+		if one.Artifact.Artifact == name && slices.Contains(one.Blobs, digest) {
+			_, err := exportFrom(ctx, through, fmt.Sprintf("/v2/%s/%s/manifests/%s", s.site.Name, name, one.Digest), one.Digest, io.Discard, &exported)
+			return err
+		}
+	}
+	return nil
 }
 
 func exportFrom(ctx context.Context, through *http.Client, path string, digest blob.Digest, into io.Writer, exported *Exported) (bool, error) {
