@@ -99,7 +99,11 @@ func printArtifacts(w io.Writer, found deploy.Artifacts) error {
 	if found.OpenSessions > 0 {
 		sessions = fmt.Sprintf(", %d open write sessions", found.OpenSessions)
 	}
-	_, err := fmt.Fprintf(w, "%s\n%d packs, %s stored%s\n", writer.Render(), found.Packs, bytesOf(found.BytesStored), sessions)
+	enforces := "does not refuse a wrong hash"
+	if found.Enforces {
+		enforces = "refuses a wrong hash"
+	}
+	_, err := fmt.Fprintf(w, "%s\n%d packs, %s stored%s; the store %s\n", writer.Render(), found.Packs, bytesOf(found.BytesStored), sessions, enforces)
 	return err
 }
 
@@ -116,7 +120,8 @@ func newArtifactsCollect(env Environment, flags *globalFlags) *cobra.Command {
 		Use: "gc", Short: "Remove artifacts that no kept release and no job needs", Args: cobra.NoArgs,
 		Long: `Removes from the object store, from every host and from podman's storage what is
 not of the last releases (keep_releases in site.hcl), does not run, and is not
-the platform's own. Nothing is removed from the store while somebody uploads.
+the platform's own. Nothing is removed from the store while somebody uploads. It
+holds the site's lock, with --dry-run too.
 `,
 		Example: "  site artifacts gc --site=gamma --dry-run",
 		RunE: func(command *cobra.Command, _ []string) error {
@@ -124,6 +129,7 @@ the platform's own. Nothing is removed from the store while somebody uploads.
 			if err != nil {
 				return err
 			}
+			options.Reporter = newQuietReporter(env, flags)
 			collected, err := deploy.CollectArtifacts(command.Context(), options, choice)
 			if err != nil {
 				return err

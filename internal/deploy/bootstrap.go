@@ -29,10 +29,10 @@ func Bootstrap(ctx context.Context, options Options) (plan.Result, error) {
 			s.convergeSecrets(),
 			s.convergeDatabases(),
 			s.runWaves(),
-			s.fillStore(),
 			s.closeOldLogins(),
 			s.recordRelease(),
 			s.keepArtifacts(),
+			s.fillStore(),
 			s.askForSecrets(),
 		}
 	})
@@ -61,10 +61,10 @@ func Deploy(ctx context.Context, options Options) (plan.Result, error) {
 			s.convergeSecrets(),
 			s.convergeDatabases(),
 			s.runWaves(),
-			s.fillStore(),
 			s.closeOldLogins(),
 			s.recordRelease(),
 			s.keepArtifacts(),
+			s.fillStore(),
 			s.askForSecrets(),
 		}
 	})

@@ -53,16 +53,21 @@ func ExportArtifact(ctx context.Context, options Options, name string, digest bl
 
 // exportOne tries all that site-host serves a digest as.
 func (s *session) exportOne(ctx context.Context, through *http.Client, name string, digest blob.Digest, into io.Writer, exported *Exported) (bool, error) {
+	var problem error // such as a store that is away, which the host may not need
 	for _, path := range []string{
 		fmt.Sprintf("/artifacts/%s/%s@%s", s.site.Name, name, digest),
 		fmt.Sprintf("/v2/%s/%s/manifests/%s", s.site.Name, name, digest),
 		fmt.Sprintf("/v2/%s/%s/blobs/%s", s.site.Name, name, digest),
 	} {
-		if found, err := exportFrom(ctx, through, path, digest, into, exported); found || err != nil {
+		found, err := exportFrom(ctx, through, path, digest, into, exported)
+		if found || errors.Is(err, errPartial) {
 			return found, err
 		}
+		if err != nil {
+			problem = err
+		}
 	}
-	return false, nil
+	return false, problem
 }
 
 // pullOwner has the host ask for the image that has the blob.
@@ -82,6 +87,9 @@ func (s *session) pullOwner(ctx context.Context, through *http.Client, name stri
 	}
 	return nil
 }
+
+// errPartial: bytes came that are not the blob's, so that there is no other try.
+var errPartial = errors.New("export")
 
 func exportFrom(ctx context.Context, through *http.Client, path string, digest blob.Digest, into io.Writer, exported *Exported) (bool, error) {
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+loopback+path, nil)
@@ -103,10 +111,10 @@ func exportFrom(ctx context.Context, through *http.Client, path string, digest b
 	sum := sha256.New()
 	exported.Bytes, err = io.Copy(io.MultiWriter(into, sum), answer.Body)
 	if err != nil {
-		return false, fmt.Errorf("export from host %s: %w", exported.Host, err)
+		return false, fmt.Errorf("%w from host %s: %w", errPartial, exported.Host, err)
 	}
 	if hex.EncodeToString(sum.Sum(nil)) != digest.Hex() {
-		return false, errors.New("export: the bytes that came have another digest: nothing of them is to be used")
+		return false, fmt.Errorf("%w: the bytes that came have another digest: nothing of them is to be used", errPartial)
 	}
 	return true, nil
 }

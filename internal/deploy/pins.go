@@ -33,6 +33,11 @@ type pinnedJob struct {
 // follows.
 func (s *session) pins(entries map[string]catalogue.EntryState, candidates bool) nomad.Pins {
 	pins := nomad.Pins{Engine: s.engine, Active: map[string]int{}, Previous: map[string]int{}}
+	// The store's keys are of one generation: where a rotation was cut short between
+	// them, all are read as they were before.
+	halfway := slices.ContainsFunc(s.site.Secrets(), func(one site.Secret) bool {
+		return isStoreKey(one) && entries[one.FullName()].Rotation().Candidate > 0
+	})
 	for _, one := range s.site.Secrets() {
 		if one.ProducedBy != nil && one.ProducedBy.Component != "" {
 			continue
@@ -47,6 +52,8 @@ func (s *session) pins(entries map[string]catalogue.EntryState, candidates bool)
 		}
 		pins.Active[name], pins.Previous[name] = rotation.Active, rotation.Active
 		switch {
+		case !candidates && halfway && isStoreKey(one) && rotation.Candidate == 0 && rotation.Retiring > 0:
+			pins.Active[name] = rotation.Retiring
 		case candidates && rotation.Candidate > 0:
 			pins.Active[name] = rotation.Candidate
 		case rotation.Retiring > 0:

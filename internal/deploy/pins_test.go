@@ -140,3 +140,32 @@ func TestTheSameGenerationOfAnotherEngineIsAnotherJob(t *testing.T) {
 		t.Error("a job that is pinned to nothing differs by the engine")
 	}
 }
+
+func TestAPairOfTheStoresKeysThatIsSwitchedByHalvesIsReadAsItWas(t *testing.T) {
+	made := &site.Producer{Provider: "cloudflare"}
+	s := &session{site: &site.Site{Components: []site.Component{{Name: site.ObjectStorageComponent, Secrets: []site.Secret{
+		{Component: site.ObjectStorageComponent, Name: site.StoreAdminID, ProducedBy: made},
+		{Component: site.ObjectStorageComponent, Name: site.StoreAdminSecret, ProducedBy: made},
+	}}}}}
+	id, key := s.site.Secrets()[0].FullName(), s.site.Secrets()[1].FullName()
+	before := entry(2, map[string]string{"active": "1", "candidate": "2"})
+	after := entry(2, map[string]string{"active": "2", "retiring": "1"})
+	for name, test := range map[string]struct {
+		entries map[string]catalogue.EntryState
+		want    int
+	}{
+		"neither":     {map[string]catalogue.EntryState{id: before, key: before}, 1},
+		"the id only": {map[string]catalogue.EntryState{id: after, key: before}, 1},
+		"both":        {map[string]catalogue.EntryState{id: after, key: after}, 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			pins := s.pins(test.entries, false)
+			if pins.Active[id] != test.want || pins.Active[key] != test.want {
+				t.Errorf("pinned to %v, want %d", pins.Active, test.want)
+			}
+			if next := s.pins(test.entries, true); next.Active[id] != 2 || next.Active[key] != 2 {
+				t.Errorf("what is tried is %v", next.Active)
+			}
+		})
+	}
+}

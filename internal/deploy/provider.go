@@ -386,7 +386,10 @@ func RotateAdminPair(ctx context.Context, options Options) (plan.Result, error) 
 		r := &rotation{session: s}
 		return []plan.Step{
 			check{title: "check inputs", run: func(ctx context.Context) error {
-				return errors.Join(r.readRepository(ctx), r.readMaterials(ctx), r.needProvider())
+				if err := r.readRepository(ctx); err != nil {
+					return err
+				}
+				return errors.Join(r.readMaterials(ctx), r.needProvider())
 			}},
 			r.connectWhatAnswers(),
 			s.takeLock("rotate the provider's admin pair"),
@@ -482,6 +485,10 @@ func (s *session) adminID(ctx context.Context, one site.Secret) (string, error) 
 		return "", err
 	}
 	id, _, err := api.Verify(ctx)
+	var refused *cloudflare.TokenError
+	if err != nil && !errors.As(err, &refused) {
+		return "", err // the provider is away, which says nothing about the token
+	}
 	if err != nil {
 		s.options.Warn(fmt.Sprintf("%s no longer works and is replaced: %v", one.FullName(), err))
 		return "", nil

@@ -83,6 +83,8 @@ func (s *session) proveStoreKeys(ctx context.Context, values map[string]secret.V
 	case !errors.As(err, &denied):
 		return fmt.Errorf("the hosts' key should only read, and writing with it ended with: %w", err)
 	}
+	// Many stores say of a bucket that is not there that it is not there: then this
+	// tells only that the key is not good for everything under any name.
 	err = elsewhere.Check(ctx, prefix)
 	var away *writesession.UnavailableError
 	switch {
@@ -171,9 +173,14 @@ func (r *rotation) firstStoreKeys() plan.Step {
 	}
 }
 
+// asksStoreKeys: one of them was named, which stands for all.
+func (r *rotation) asksStoreKeys() bool {
+	return slices.ContainsFunc(storeKeys(), func(name string) bool { return slices.Contains(r.choice.Names, name) })
+}
+
 // lacksStoreKeys: they were asked for, and not all four are there.
 func (r *rotation) lacksStoreKeys() bool {
-	if !slices.Contains(r.choice.Names, storeKeys()[0]) || r.needProvider() != nil {
+	if !r.asksStoreKeys() || r.needProvider() != nil {
 		return false
 	}
 	return !r.hasStoreKeys()
@@ -193,7 +200,7 @@ func (r *rotation) sweepProvider() plan.Step {
 		}
 		return err
 	}}, func() bool {
-		return r.needProvider() == nil && r.bao != nil && (r.movesStoreKeys() || slices.Contains(r.choice.Names, storeKeys()[0]))
+		return r.needProvider() == nil && r.bao != nil && (r.movesStoreKeys() || r.asksStoreKeys())
 	}}
 }
 

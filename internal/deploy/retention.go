@@ -14,11 +14,19 @@ import (
 	"github.com/nomad-site/site/internal/writesession"
 )
 
-// retention is all that decides which artifacts stay, as it is now.
+// retention is all that decides which artifacts stay, as it is now. The first server
+// has the records, and nobody else.
 func (s *session) retention(ctx context.Context) ([]artifact.Kept, error) {
+	if first := s.servers()[0].Name; first != s.site.FirstServer() {
+		return nil, plan.WithHint(fmt.Errorf("host %s, which has the records of releases, does not answer", s.site.FirstServer()),
+			"nothing was removed; see `site status`")
+	}
 	var records []release.Record
 	if err := s.servers()[0].siteHost(ctx, nil, &records, "release", "list", "--dir", host.ReleasesPath); err != nil {
 		return nil, err
+	}
+	if len(records) == 0 { // what cannot be known to be old stays
+		return nil, plan.WithHint(fmt.Errorf("site %q has no release", s.site.Name), "nothing was removed; deploy first")
 	}
 	in := artifact.Retention{KeepReleases: s.site.KeepReleases, Running: map[string][]string{}}
 	for _, record := range records {
@@ -100,33 +108,39 @@ type CollectOptions struct {
 }
 
 // CollectArtifacts removes artifacts that no kept release and no running job needs,
-// from the object store and from every host.
+// from the object store and from every host. It holds the site's lock: a deploy
+// counts on what it has found.
 func CollectArtifacts(ctx context.Context, options Options, choice CollectOptions) (Collected, error) {
 	answer := Collected{Schema: ArtifactsVersion, DryRun: choice.DryRun, Hosts: map[string]HostCollected{}}
-	s, err := read(ctx, options)
-	if err != nil {
-		return answer, err
-	}
-	defer s.close()
+	_, err := run(ctx, options, func(s *session) []plan.Step {
+		r := &rotation{session: s}
+		return []plan.Step{
+			check{title: "check inputs", run: func(ctx context.Context) error {
+				if err := s.readRepository(ctx); err != nil {
+					return err
+				}
+				return s.readMaterial()
+			}},
+			r.connectWhatAnswers(),
+			s.takeLock("artifacts gc"),
+			check{title: "open", run: s.openNomad},
+			check{title: "collect", run: func(ctx context.Context) error { return s.collectArtifacts(ctx, choice, &answer) }},
+		}
+	})
+	return answer, err
+}
+
+func (s *session) collectArtifacts(ctx context.Context, choice CollectOptions, answer *Collected) error {
 	answer.Site = s.site.Name
-	if err := s.openNomad(ctx); err != nil {
-		return answer, err
-	}
 	kept, err := s.retention(ctx)
 	if err != nil {
-		return answer, err
+		return err
 	}
-	if len(kept) == 0 { // a site whose records cannot be read must not lose all it has
-		return answer, plan.WithHint(fmt.Errorf("site %q has no release: nothing was removed", s.site.Name), "deploy first")
-	}
-	if err := s.collectHosts(ctx, kept, choice, &answer); err != nil {
-		return answer, err
-	}
-	if s.site.ObjectStore == nil {
-		return answer, nil
+	if err := s.collectHosts(ctx, kept, choice, answer); err != nil || s.site.ObjectStore == nil {
+		return err
 	}
 	if err := s.openStore(ctx); err != nil {
-		return answer, err
+		return err
 	}
 	request := writesession.CollectRequest{DryRun: choice.DryRun}
 	for _, one := range kept {
@@ -134,7 +148,7 @@ func CollectArtifacts(ctx context.Context, options Options, choice CollectOption
 	}
 	collected, err := s.store.Collect(ctx, request)
 	answer.Store = &collected
-	return answer, err
+	return err
 }
 
 func (s *session) collectHosts(ctx context.Context, kept []artifact.Kept, choice CollectOptions, answer *Collected) error {

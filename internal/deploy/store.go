@@ -19,6 +19,7 @@ import (
 	"github.com/nomad-site/site/internal/reconcile/artifact"
 	"github.com/nomad-site/site/internal/reconcile/host"
 	catalogue "github.com/nomad-site/site/internal/reconcile/secret"
+	"github.com/nomad-site/site/internal/retry"
 	"github.com/nomad-site/site/internal/secret"
 	"github.com/nomad-site/site/internal/site"
 	"github.com/nomad-site/site/internal/writesession/client"
@@ -85,6 +86,9 @@ func (s *session) noStoreYet() error {
 		"deploy once with --via=ssh, which brings it up")
 }
 
+// serviceLimit bounds how long the service may take to answer.
+const serviceLimit = 20 * time.Second
+
 // openStore reaches the service that hands out uploads.
 func (s *session) openStore(ctx context.Context) error {
 	if s.store != nil {
@@ -101,7 +105,16 @@ func (s *session) openStore(ctx context.Context) error {
 		return err
 	}
 	s.onClose(api.CloseIdleConnections)
-	if err := service.Healthy(ctx); err != nil {
+	// It may just be starting, as after a reboot of its host.
+	err = retry.Until(ctx, site.ObjectStorageComponent+" to answer", min(serviceLimit, s.left()), func(ctx context.Context) error {
+		err := service.Healthy(ctx)
+		var unreachable *client.UnreachableError
+		if err != nil && !errors.As(err, &unreachable) {
+			return retry.Permanent(err)
+		}
+		return err
+	})
+	if err != nil {
 		return withoutStore(plan.WithHint(fmt.Errorf("%s does not answer: %w", site.ObjectStorageComponent, err),
 			"see `site status` and `site logs %s`", site.ObjectStorageComponent))
 	}

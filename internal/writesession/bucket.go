@@ -81,5 +81,5 @@ func (e *DeniedError) Hint() string {
 	case "NoSuchBucket":
 		return "correct bucket in object_store of site.hcl, or make the bucket"
 	}
-	return "check the store's keys: site secrets status; site provider doctor"
+	return "check the store's keys: `site provider doctor` where a provider makes them, else bring good ones with `site secrets import`"
 }

@@ -56,7 +56,7 @@ func (e *DeniedError) Hint() string {
 	if e.Code == codeSkewed {
 		return "set the clock of the host"
 	}
-	return "check the store's keys: site provider doctor, site secrets status; meanwhile deploy with --via=ssh"
+	return "check the store's keys: `site provider doctor` where a provider makes them, else bring good ones with `site secrets import`; meanwhile deploy with --via=ssh"
 }
 
 // NoKeysError says that the host has no keys to the object store.

@@ -214,13 +214,15 @@ func (o *OpenBao) read(ctx context.Context, refused bool) error {
 		o.mutex.Unlock()
 	}()
 	next := pair{read: time.Now()}
-	var err error
-	if next.idGeneration, err = o.active(ctx, site.StoreProxyID); err != nil {
+	id, err := o.generations(ctx, site.StoreProxyID)
+	if err != nil {
 		return err
 	}
-	if next.keyGeneration, err = o.active(ctx, site.StoreProxySecret); err != nil {
+	key, err := o.generations(ctx, site.StoreProxySecret)
+	if err != nil {
 		return err
 	}
+	next.idGeneration, next.keyGeneration = id.beside(key), key.beside(id)
 	if o.halfway(held, next, refused) {
 		return nil
 	}
@@ -256,26 +258,48 @@ func (o *OpenBao) halfway(held, next pair, refused bool) bool {
 	return o.halves == 1
 }
 
-// active is the generation that is to be read; see reconcile/secret.Rotation.
-func (o *OpenBao) active(ctx context.Context, name string) (int, error) {
+// generations are what is known of one half; see reconcile/secret.Rotation.
+type generations struct{ active, candidate, retiring int }
+
+// beside is the generation that goes with the other half: where a rotation was cut
+// short between the two, both are read as they were before.
+func (g generations) beside(other generations) int {
+	if g.candidate == 0 && g.retiring > 0 && other.candidate > 0 {
+		return g.retiring
+	}
+	return g.active
+}
+
+func (o *OpenBao) generations(ctx context.Context, name string) (generations, error) {
 	var metadata struct {
 		Data struct {
 			CurrentVersion int `json:"current_version"`
 			CustomMetadata struct {
-				Active string `json:"active"`
+				Active    string `json:"active"`
+				Candidate string `json:"candidate"`
+				Retiring  string `json:"retiring"`
 			} `json:"custom_metadata"`
 		} `json:"data"`
 	}
 	if err := o.ask(ctx, "/v1/"+site.SecretMount+"/metadata/"+kvPath(name), &metadata); err != nil {
-		return 0, err
+		return generations{}, err
 	}
-	if active, err := strconv.Atoi(metadata.Data.CustomMetadata.Active); err == nil && active > 0 {
-		return active, nil
+	number := func(text string) int {
+		found, err := strconv.Atoi(text)
+		if err != nil || found < 0 {
+			return 0
+		}
+		return found
 	}
-	if metadata.Data.CurrentVersion <= 0 {
-		return 0, fmt.Errorf("secret %s has no value", kvPath(name))
+	custom := metadata.Data.CustomMetadata
+	found := generations{active: number(custom.Active), candidate: number(custom.Candidate), retiring: number(custom.Retiring)}
+	if found.active == 0 {
+		found.active = metadata.Data.CurrentVersion
 	}
-	return metadata.Data.CurrentVersion, nil
+	if found.active <= 0 {
+		return generations{}, fmt.Errorf("secret %s has no value", kvPath(name))
+	}
+	return found, nil
 }
 
 func (o *OpenBao) value(ctx context.Context, name string, generation int) (secret.Value, error) {

@@ -70,7 +70,7 @@ func (e *ProblemError) Hint() string {
 	case writesession.ProblemStore:
 		return "the object store does not answer the service; " + rerun
 	case writesession.ProblemStoreDenied:
-		return "the object store refuses the service's keys: site secrets status, site provider doctor; meanwhile send with --via=ssh"
+		return "the object store refuses the service's keys: `site provider doctor` where a provider makes them, else bring good ones with `site secrets import`; meanwhile send with --via=ssh"
 	case writesession.ProblemUnproven, writesession.ProblemNotOpen:
 		return rerun
 	case writesession.ProblemTooLarge:

@@ -12,6 +12,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/nomad-site/site/internal/blob"
 	"github.com/nomad-site/site/internal/secret"
@@ -110,7 +111,9 @@ func TestTheServiceTakesWhatTheClientBrings(t *testing.T) {
 			if err != nil || len(sessions) != 2 || sessions[0].State != writesession.Complete {
 				t.Errorf("%+v, %v", sessions, err)
 			}
-			collected, err := c.Collect(t.Context(), writesession.CollectRequest{DryRun: true})
+			collected, err := c.Collect(t.Context(), writesession.CollectRequest{
+				DryRun: true, Keep: []writesession.Kept{{Artifact: "nobody", Digest: blob.DigestOf([]byte("nobody's"))}},
+			})
 			if err != nil || len(collected.Artifacts) != 2 || !collected.DryRun {
 				t.Errorf("%+v, %v", collected, err)
 			}
@@ -174,5 +177,33 @@ func TestOperatorsMayPushTheSameAtOnce(t *testing.T) {
 	group.Wait()
 	if listing, err := c.List(t.Context()); err != nil || len(listing.Artifacts) != 2 {
 		t.Errorf("%+v, %v", listing, err)
+	}
+}
+
+func TestANameThatSaysSomethingElseIsWrittenAnew(t *testing.T) {
+	c, store := start(t, true)
+	offer := offered("hello", noise(100<<10, 7))
+	other := offered("hello", noise(100<<10, 8), noise(100<<10, 7))
+	for _, each := range []blob.Offer{other, offer} {
+		if _, err := c.Push(t.Context(), each, client.PushOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	key := writesession.Layout{Site: site}.Name("hello", offer.Names[0].Digest)
+	good := store.Content(key)
+	for what, content := range map[string]string{"damaged": "{", "of other blobs": strings.Replace(string(good), `"blobs":["`, `"blobs":["`+string(other.Names[0].Blobs[0])+`","`, 1)} {
+		store.Set(key, []byte(content))
+		store.Age(key, -time.Minute) // a store tells another content by its time
+		report, err := c.Missing(t.Context(), offer)
+		if err != nil || len(report.Names) != 1 {
+			t.Errorf("%s: missing %+v, %v", what, report, err)
+		}
+		store.Age(key, 2*time.Minute)
+		if _, err := c.Push(t.Context(), offer, client.PushOptions{}); err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+		if report, err := c.Missing(t.Context(), offer); err != nil || !report.Empty() {
+			t.Errorf("%s: afterwards missing %+v, %v", what, report, err)
+		}
 	}
 }

@@ -232,7 +232,7 @@ func storeAway(h *harness) {
 			h.call(http.MethodPost, "write-sessions", one.create(h.store.Site), "away-key-2"),
 			h.call(http.MethodPost, "missing", one.missing()),
 			h.call(http.MethodGet, "artifacts", nil),
-			h.call(http.MethodPost, "collect", writesession.CollectRequest{}),
+			h.call(http.MethodPost, "collect", writesession.CollectRequest{Keep: []writesession.Kept{{Artifact: "shop", Digest: one.manifest.Digest}}}),
 		} {
 			h.refused(http.StatusServiceUnavailable, writesession.ProblemStore, answer)
 			if got := answer.header.Get("Retry-After"); got != "3" {

@@ -134,6 +134,8 @@ func collecting(h *harness) {
 		h.t.Helper()
 		return decodeAs[writesession.Collected](h, h.call(http.MethodPost, "collect", request))
 	}
+	// Whoever keeps nothing has lost its list.
+	h.refused(http.StatusBadRequest, writesession.ProblemBadRequest, h.call(http.MethodPost, "collect", writesession.CollectRequest{}))
 	if got := collect(keep); removed(got) != 0 || got.PacksRemoved != 0 || len(got.Artifacts) != 3 {
 		h.t.Errorf("what is young: %+v", got)
 	}

@@ -25,6 +25,9 @@ func (s *Server) collect(w http.ResponseWriter, r *http.Request, who Identity) (
 	if err := s.readBody(w, r, smallBody, func(body io.Reader) error { return strictJSON(body, &request) }); err != nil {
 		return answer{}, err
 	}
+	if len(request.Keep) == 0 {
+		return answer{}, badRequest("keep is empty: a site always has something that runs")
+	}
 	for i, kept := range request.Keep {
 		if !kept.Digest.Valid() || !sitePattern.MatchString(kept.Artifact) {
 			return answer{}, badRequest("keep %d: %.100q and %.100q are no artifact and digest", i, kept.Artifact, kept.Digest)
@@ -87,7 +90,7 @@ func (s *Server) decide(ctx context.Context, request writesession.CollectRequest
 		return todo, err
 	}
 	if len(open) > 0 {
-		todo.answer.Refused = fmt.Sprintf("%d sessions are open, such as %s of %s, until %s: abort it, or wait",
+		todo.answer.Refused = fmt.Sprintf("%d sessions are open, such as %s of %s, until %s: upload it again to its end, or wait",
 			len(open), open[0].ID, open[0].Owner, open[0].Expires.Format(time.RFC3339))
 	}
 	names, err := s.readNames(ctx)

@@ -167,7 +167,7 @@ func (s *Server) missing(w http.ResponseWriter, r *http.Request, _ Identity) (an
 	}
 	reply := writesession.MissingResponse{Names: []int{}, Blobs: []blob.Digest{}, Chunks: []blob.Digest{}}
 	if len(request.Names) > 0 {
-		found, err := s.listNames(r.Context())
+		found, err := s.readNames(r.Context())
 		if err != nil {
 			return answer{}, err
 		}
@@ -187,13 +187,15 @@ func (s *Server) missing(w http.ResponseWriter, r *http.Request, _ Identity) (an
 }
 
 func (s *Server) lackingNames(wanted []writesession.Artifact, found []published) []int {
-	there := make(map[string]bool, len(found))
+	there := make(map[string]published, len(found))
 	for _, one := range found {
-		there[one.info.Key] = true
+		there[one.info.Key] = one
 	}
 	out := []int{}
 	for i, name := range wanted {
-		if !there[s.layout.Name(name.Artifact, name.Digest)] {
+		// One that is damaged, or says something else, is lacking: it is written anew.
+		one, known := there[s.layout.Name(name.Artifact, name.Digest)]
+		if !known || one.err != nil || !sameName(one.name, name) {
 			out = append(out, i)
 		}
 	}
