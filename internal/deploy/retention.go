@@ -185,12 +185,20 @@ func PushArtifacts(ctx context.Context, options Options) (plan.Result, error) {
 	return run(ctx, options, func(s *session) []plan.Step {
 		return []plan.Step{
 			s.checkInputs(),
+			check{title: "object store", run: func(context.Context) error { return s.needObjectStore() }},
 			s.connectHosts(),
 			s.refuseBareHosts(),
 			check{title: "open", run: s.openNomad},
 			s.uploadArtifacts(),
 		}
 	})
+}
+
+func (s *session) needObjectStore() error {
+	if s.site.ObjectStore != nil {
+		return nil
+	}
+	return plan.WithHint(fmt.Errorf("site %q has no object store", s.site.Name), "declare object_store in sites/%s/site.hcl", s.site.Name)
 }
 
 // Artifacts is what `site artifacts ls` prints.
@@ -205,12 +213,7 @@ type Artifacts struct {
 // ListArtifacts tells what is in the object store, and what a gc would keep.
 func ListArtifacts(ctx context.Context, options Options) (Artifacts, error) {
 	answer := Artifacts{Schema: ArtifactsVersion, Kept: map[string]string{}}
-	s, err := readAfter(ctx, options, func(s *session) error {
-		if s.site.ObjectStore == nil {
-			return plan.WithHint(fmt.Errorf("site %q has no object store", s.site.Name), "declare object_store in sites/%s/site.hcl", s.site.Name)
-		}
-		return nil
-	})
+	s, err := readAfter(ctx, options, (*session).needObjectStore)
 	if err != nil {
 		return answer, err
 	}
