@@ -177,11 +177,7 @@ func finishRun(env Environment, flags *globalFlags, result plan.Result, err erro
 		printVerdicts(env.Err, err)
 		return err
 	}
-	writer := table.NewWriter()
-	writer.SetStyle(table.StyleLight)
-	writer.Style().Options.DrawBorder = false
-	writer.Style().Options.SeparateColumns = false
-	writer.AppendHeader(table.Row{"step", "changes", "seconds"})
+	writer := newTable("step", "changes", "seconds")
 	var total float64
 	changes := 0
 	for _, outcome := range result.Outcomes {

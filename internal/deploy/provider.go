@@ -284,7 +284,7 @@ func (s *session) tokensInUse(ctx context.Context) (inUse map[string]bool, sure 
 
 // orphanTokens are tokens that an interrupted run of this site left at the provider.
 func (s *session) orphanTokens(ctx context.Context, api *cloudflare.Client) ([]cloudflare.TokenInfo, error) {
-	found, err := api.Tokens(ctx, "site/"+s.site.Name+"/")
+	found, err := api.Tokens(ctx, bucket.Prefix(s.site.Name))
 	if err != nil {
 		return nil, err
 	}
@@ -328,9 +328,18 @@ func (s *session) sweepTokens(ctx context.Context) (int, error) {
 	return len(orphans), nil
 }
 
+// sweepAtTheEnd is said before anything is minted: whatever becomes of this run,
+// what it mints and does not keep is revoked.
+func (s *session) sweepAtTheEnd() {
+	s.temporary.hold("tokens at the provider that nothing uses", func(ctx context.Context) error {
+		_, err := s.sweepTokens(ctx)
+		return err
+	})
+}
+
 // nextTokenGeneration is behind all that the provider has seen.
 func (s *session) nextTokenGeneration(ctx context.Context, api *cloudflare.Client) (int, error) {
-	found, err := api.Tokens(ctx, "site/"+s.site.Name+"/")
+	found, err := api.Tokens(ctx, bucket.Prefix(s.site.Name))
 	if err != nil {
 		return 0, err
 	}
@@ -359,11 +368,7 @@ func (s *session) mintStoreKeys(ctx context.Context, progress plan.Progress) (ma
 	if err != nil {
 		return nil, err
 	}
-	// Whatever becomes of this run, what it mints and does not keep is revoked.
-	s.temporary.hold("tokens at the provider that nothing uses", func(ctx context.Context) error {
-		_, err := s.sweepTokens(ctx)
-		return err
-	})
+	s.sweepAtTheEnd()
 	values := map[string]secret.Value{}
 	for _, role := range []struct {
 		name, id, key string
@@ -444,10 +449,7 @@ func (s *session) replaceOneAdmin(ctx context.Context, name, peer string, progre
 	if err != nil {
 		return err
 	}
-	s.temporary.hold("tokens at the provider that nothing uses", func(ctx context.Context) error {
-		_, err := s.sweepTokens(ctx)
-		return err
-	})
+	s.sweepAtTheEnd()
 	minted, err := api.MintAdmin(ctx, bucket.TokenName(s.site.Name, adminRole+name[len(name)-1:], generation))
 	if err != nil {
 		return err

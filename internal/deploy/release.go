@@ -95,14 +95,18 @@ func (s *session) putRelease(ctx context.Context, sha string, components map[str
 	return s.nomad.PutReleaseVariable(ctx, "site/"+s.site.Name+"/release", encoded)
 }
 
+// releases are the records that are kept, newest first.
+func (s *session) releases(ctx context.Context) ([]release.Record, error) {
+	var records []release.Record
+	err := s.servers()[0].siteHost(ctx, nil, &records, "release", "list", "--dir", host.ReleasesPath)
+	return records, err
+}
+
 // latestRelease is nil for a site without any.
 func (s *session) latestRelease(ctx context.Context) (*release.Record, error) {
-	var records []release.Record
-	if err := s.servers()[0].siteHost(ctx, nil, &records, "release", "list", "--dir", host.ReleasesPath); err != nil {
+	records, err := s.releases(ctx)
+	if err != nil || len(records) == 0 {
 		return nil, err
-	}
-	if len(records) == 0 {
-		return nil, nil
 	}
 	return &records[0], nil
 }

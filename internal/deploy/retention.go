@@ -10,7 +10,6 @@ import (
 	"github.com/nomad-site/site/internal/plan"
 	"github.com/nomad-site/site/internal/reconcile/artifact"
 	"github.com/nomad-site/site/internal/reconcile/host"
-	"github.com/nomad-site/site/internal/sitehost/release"
 	"github.com/nomad-site/site/internal/writesession"
 )
 
@@ -21,8 +20,8 @@ func (s *session) retention(ctx context.Context) ([]artifact.Kept, error) {
 		return nil, plan.WithHint(fmt.Errorf("host %s, which has the records of releases, does not answer", s.site.FirstServer()),
 			"nothing was removed; see `site status`")
 	}
-	var records []release.Record
-	if err := s.servers()[0].siteHost(ctx, nil, &records, "release", "list", "--dir", host.ReleasesPath); err != nil {
+	records, err := s.releases(ctx)
+	if err != nil {
 		return nil, err
 	}
 	if len(records) == 0 { // what cannot be known to be old stays
